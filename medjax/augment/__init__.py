@@ -1,0 +1,1 @@
+"""Batched, keyed, jitted 3D augmentation."""

@@ -1,0 +1,1 @@
+"""From files to batches. The only room that may import TensorFlow (lazily, inside `pipeline`)."""

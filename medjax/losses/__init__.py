@@ -1,0 +1,1 @@
+"""Pure, differentiable losses; each returns one value per example."""

@@ -1,0 +1,1 @@
+"""Backbones (one file a family, each returns a feature pyramid) and heads."""
