@@ -1,0 +1,126 @@
+"""Checkpoints: training state, data position and configuration in one. Alone knows Orbax.
+
+Two managers, so that keeping the best never evicts the latest: `<workdir>/checkpoints/latest` (the two newest) and
+`<workdir>/checkpoints/best` (one). Writing is asynchronous and atomic: a killed save leaves the one before.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from medjax.errors import UserError
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    A checkpoint is `state` (a tree of arrays) and `meta` (JSON: step, config, plan, scores).
+    """
+
+    def __init__(self, workdir: Path, *, read_only: bool = False) -> None:
+        import orbax.checkpoint as ocp
+
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._ocp = ocp
+        self._folder = workdir.resolve() / "checkpoints"
+        self._managers = {
+            kind: ocp.CheckpointManager(
+                self._folder / kind,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=keep, create=not read_only, read_only=read_only, enable_async_checkpointing=True
+                ),
+            )
+            for kind, keep in (("latest", 2), ("best", 1))
+            if not read_only or (self._folder / kind).is_dir()
+        }
+
+    def save(self, kind: str, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+        """Starts to write a checkpoint ('latest' or 'best'); returns when the arrays are copied, not when written."""
+        ocp, manager = self._ocp, self._managers[kind]
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta)))
+        try:
+            # After a kill between two saves the same step may come again: it replaces what is there.
+            if step in manager.all_steps():
+                manager.wait_until_finished()
+                manager.delete(step)
+            manager.save(step, args=args, force=True)
+        except OSError as error:
+            raise UserError(f"{self._folder}: cannot write the checkpoint of step {step}: {error}") from error
+
+    def wait(self) -> None:
+        """Returns when everything is on disk."""
+        for manager in self._managers.values():
+            try:
+                manager.wait_until_finished()
+            except OSError as error:
+                raise UserError(f"{self._folder}: cannot write a checkpoint: {error}") from error
+
+    def close(self) -> None:
+        self.wait()
+        for manager in self._managers.values():
+            manager.close()
+
+    def newest(self, kind: str) -> int | None:
+        """Step of the newest complete checkpoint of that kind."""
+        return self._managers[kind].latest_step() if kind in self._managers else None
+
+    def meta(self, kind: str, step: int) -> dict[str, Any]:
+        """The JSON part alone."""
+        ocp = self._ocp
+        return self._managers[kind].restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
+    def restore(self, kind: str, step: int, like: Any) -> Any:
+        """The state, in the shapes, types and shardings of `like` (a tree of jax.ShapeDtypeStruct).
+
+        Raises UserError naming the parameters that differ when the checkpoint is of another architecture.
+        """
+        ocp, manager = self._ocp, self._managers[kind]
+        found = manager.item_metadata(step).state
+        found = getattr(found, "tree", found)
+        lines = mismatch(found, like)
+        if lines:
+            more = f"\n  ... and {len(lines) - 12} more" if len(lines) > 12 else ""
+            raise UserError(
+                f"{self._folder / kind / str(step)}: the checkpoint is of another architecture or optimizer:\n  "
+                + "\n  ".join(lines[:12])
+                + more
+                + "\nUse the configuration it was trained with, or another --workdir."
+            )
+        return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
+
+
+def mismatch(found: Any, wanted: Any) -> list[str]:
+    """Lines that say which arrays of a stored tree differ in presence or shape from the wanted ones."""
+
+    def flat(tree: Any) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+            for path, leaf in leaves
+            if hasattr(leaf, "shape")
+        }
+
+    old, new = flat(found), flat(wanted)
+    lines = []
+    for name in sorted({*old, *new}):
+        if name not in new:
+            lines.append(f"{name} {old[name]}: in the checkpoint, not in the model")
+        elif name not in old:
+            lines.append(f"{name} {new[name]}: in the model, not in the checkpoint")
+        elif old[name] != new[name]:
+            lines.append(f"{name}: {old[name]} in the checkpoint, {new[name]} in the model")
+    return lines
+
+
+def require(workdir: Path) -> Path:
+    """The run folder, if it holds a checkpoint; else UserError."""
+    if not workdir.is_dir():
+        raise UserError(f"{workdir}: no such run folder; train one with python -m medjax.main --config=... first")
+    if not any((workdir / "checkpoints").glob("*/[0-9]*")):
+        raise UserError(f"{workdir}: holds no checkpoint (checkpoints/latest or checkpoints/best); train it first")
+    return workdir

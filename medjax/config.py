@@ -1,0 +1,315 @@
+"""Configurations: defaults, recipes, overrides; every key is known or refused.
+
+A recipe is a Python file with `get_config(arg) -> ConfigDict` that sets only what differs from `defaults()`. Then
+`load` merges it, fills in the options of the chosen model, tasks and optimizer, and applies `--config.key=value`. A
+key nobody knows is an error that names the nearest known one. This file imports `ml_collections` only, so a
+recipe may import it.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, FieldReference, config_dict
+
+from medjax.errors import UserError
+
+# Nodes whose keys are the user's own: the names of tasks, of modalities, of labels.
+OPEN = re.compile(r"(tasks|tasks\.[^.]+\.regions|data\.(images|targets|labels|options|preprocess\.normalize))")
+
+# Where the options of a chosen kind live: path of the node -> key that names the kind.
+KINDS = {"model": "name", "tasks.*": "type"}
+
+
+def defaults() -> ConfigDict:
+    """Every key of a run with its default. Durations are texts: '500 steps', '20 epochs' or '8000 examples'."""
+    c = ConfigDict()
+    c.name = "run"
+    c.seed = 0
+
+    c.data = ConfigDict()
+    c.data.cohort = ""  # folder with dataset.json (MSD), a manifest (.csv, .json), or 'synthetic_brain'
+    c.data.options = ConfigDict()  # arguments of the generator, for a synthetic cohort
+    c.data.images = ConfigDict()  # manifest: modality -> column
+    c.data.targets = ConfigDict()  # manifest: task -> column
+    c.data.labels = ConfigDict()  # manifest: label name -> value in the mask
+    c.data.id_column = "id"
+    c.data.group_column = ""  # patient; a split never cuts through one
+    c.data.split = ConfigDict({"file": "", "column": "", "folds": 0, "fold": 0, "test": 0.0})
+    c.data.preprocess = ConfigDict({"orientation": "RAS", "spacing": None, "crop": None, "normalize": "zscore"})
+    c.data.nonfinite = "error"  # or 'zero': replace NaN and Inf by 0, and say how many
+    c.data.workers = 0  # threads that read and prepare; 0: one a usable CPU
+    c.data.foreground = 0.5  # share of examples whose patch is centred on labelled tissue
+    c.data.patch = (64, 64, 64)
+    c.data.batch_size = 2  # examples of one optimizer step, over all devices and accumulation rounds
+
+    c.augment = ConfigDict()
+    c.augment.mirror = ()  # axes flipped with p ½: 0 left/right, 1 posterior/anterior, 2 inferior/superior
+    c.augment.affine = ConfigDict({"p": 0.0, "rotate": 15.0, "scale": 0.15})  # degrees; relative
+    c.augment.brightness = ConfigDict({"p": 0.0, "std": 0.2})
+    c.augment.contrast = ConfigDict({"p": 0.0, "low": 0.75, "high": 1.25})
+    c.augment.gamma = ConfigDict({"p": 0.0, "low": 0.7, "high": 1.5})
+    c.augment.noise = ConfigDict({"p": 0.0, "std": 0.1})
+
+    c.model = ConfigDict({"name": "unet"})
+    c.tasks = ConfigDict()
+
+    c.optim = ConfigDict()
+    c.optim.name = "sgd"  # SGD with Nesterov momentum, or 'adamw'
+    c.optim.lr = 0.01
+    c.optim.momentum = 0.99
+    c.optim.betas = (0.9, 0.999)
+    c.optim.weight_decay = 3e-5
+    c.optim.schedule = "poly"  # 'poly', 'cosine' or 'constant'
+    c.optim.power = 0.9
+    c.optim.warmup = "0 steps"
+    c.optim.clip = 12.0  # global gradient norm; 0: off
+    c.optim.accumulate = 1  # rounds a batch is cut into
+    c.optim.ema = 0.0  # decay of the averaged weights; 0: off
+    # (regex, {'lr': factor, 'decay': factor}): the first that matches a parameter's path rules it; lr 0 freezes it.
+    c.optim.rules = ((r".*/kernel", {"lr": 1.0, "decay": 1.0}), (r".*", {"lr": 1.0, "decay": 0.0}))
+
+    c.train = ConfigDict()
+    c.train.total = "1000 steps"
+    c.train.log_every = "20 steps"
+    c.train.checkpoint_every = "100 steps"
+    c.train.eval_every = "250 steps"
+    c.train.eval_cases = 0  # validation cases scored while training; 0: all
+    c.train.patience = 0  # evaluations without a better score before stopping; 0: never
+    c.train.precision = "float32"  # or 'bfloat16': computation; parameters stay float32
+
+    c.eval = ConfigDict()
+    c.eval.splits = ("val", "test")
+    c.eval.overlap = 0.5
+    c.eval.mirror = ()  # axes averaged over at prediction
+    c.eval.windows = 1  # windows a network call
+    c.eval.nsd_tolerance = 1.0  # mm
+    c.eval.predictions = True  # write NIfTI on each input's own grid
+    c.eval.pictures = True
+
+    c.parallel = "jit"
+    c.mesh = ConfigDict({"data": -1})
+    c.wandb = ConfigDict({"project": "", "entity": ""})
+    return c
+
+
+def unknown_key(key: str, known: Iterable[str], where: str = "") -> UserError:
+    """The error for a key nobody knows, with the nearest known one."""
+    known = sorted(known)
+    near = difflib.get_close_matches(key.split(".")[-1], known, n=1, cutoff=0.5)
+    path = f"{where}.{key}" if where else key
+    hint = f"did you mean '{f'{where}.' if where else ''}{near[0]}'?" if near else f"known here: {', '.join(known)}"
+    return UserError(f"config: unknown key '{path}': {hint}")
+
+
+def parse_arg(arg: str | None, **known: Any) -> ConfigDict:
+    """Reads a recipe's argument, such as 'debug' or 'debug,width=8', strictly.
+
+    Args:
+      arg: the text after the colon of `--config=recipe.py:arg`; comma-separated `key` or `key=value`.
+      **known: every key the recipe knows, with its default; its type rules the value. A bare key means True.
+
+    Returns:
+      The values. Raises UserError for an unknown key or a value of the wrong type.
+    """
+    values = dict(known)
+    for part in filter(None, (p.strip() for p in (arg or "").split(","))):
+        key, eq, text = part.partition("=")
+        if key not in known:
+            raise unknown_key(key, known, "argument")
+        kind = type(known[key])
+        try:
+            if kind is bool:
+                values[key] = not eq or {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+            else:
+                values[key] = kind(text)
+        except (KeyError, ValueError):
+            raise UserError(f"config: argument '{part}': '{text}' is not of type {kind.__name__}") from None
+    return ConfigDict(values)
+
+
+def merge(base: ConfigDict, recipe: Mapping, where: str = "") -> None:
+    """Writes `recipe` over `base` in place; keys unknown to `base` are refused save in the open nodes."""
+    for key, value in recipe.items():
+        path = f"{where}.{key}" if where else key
+        open_here = bool(OPEN.fullmatch(where)) or _kind_key(where) is not None
+        if key not in base and not open_here:
+            raise unknown_key(key, base.keys(), where)
+        if isinstance(value, Mapping | ConfigDict):
+            if key not in base or not isinstance(base[key], ConfigDict):
+                with base.ignore_type():
+                    base[key] = ConfigDict()
+            merge(base[key], value, path)
+        else:
+            with base.ignore_type():
+                base[key] = value
+
+
+def _kind_key(where: str) -> str | None:
+    for pattern, key in KINDS.items():
+        if re.fullmatch(pattern.replace(".", r"\.").replace("*", "[^.]+"), where):
+            return key
+    return None
+
+
+def fill(config: ConfigDict, options: Callable[[str, str], Mapping[str, Any]]) -> None:
+    """Adds the defaults of the chosen kinds of model and task, and refuses options they do not have.
+
+    Args:
+      options: `(room, kind) -> {option: default}` with room 'model' or 'tasks'; raises UserError for an unknown kind.
+    """
+    nodes = [("model", "model", config.model)] + [(f"tasks.{n}", "tasks", t) for n, t in config.tasks.items()]
+    for where, room, node in nodes:
+        key = KINDS["model" if room == "model" else "tasks.*"]
+        if key not in node:
+            raise UserError(f"config: '{where}' needs a '{key}'")
+        known = options(room, node[key])
+        for name in node:
+            if name != key and name not in known:
+                raise unknown_key(name, known, where)
+        for name, value in known.items():
+            if name not in node:
+                node[name] = ConfigDict(value) if isinstance(value, Mapping) else value
+
+
+def load(recipe: str, overrides: Iterable[str], options: Callable[[str, str], Mapping[str, Any]]) -> ConfigDict:
+    """The resolved, locked configuration of a run.
+
+    Args:
+      recipe: 'path/to/recipe.py' or 'path/to/recipe.py:argument'.
+      overrides: 'optim.lr=0.1'-like texts.
+      options: see `fill`.
+    """
+    path, _, arg = recipe.partition(":")
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"config: no such file '{path}'; recipes lie in configs/, e.g. --config=configs/brain_seg.py")
+    spec = importlib.util.spec_from_file_location(f"medjax_recipe_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"config: '{path}' has no get_config(arg)")
+    config = defaults()
+    config.name = file.stem
+    merge(config, module.get_config(arg or None))
+    return resolve(config, overrides, options)
+
+
+def resolve(config: ConfigDict, overrides: Iterable[str], options: Callable) -> ConfigDict:
+    """Fills in kinds, applies overrides ('key.path=value'), checks and locks `config`."""
+    pairs = []
+    for text in overrides:
+        key, eq, value = text.partition("=")
+        if not eq:
+            raise UserError(f"config: '--config.{text}' needs a value: --config.{key}=VALUE")
+        pairs.append((key, value))
+    # A kind decides which options exist, so kinds first.
+    pairs.sort(key=lambda kv: kv[0].rpartition(".")[2] != (_kind_key(kv[0].rpartition(".")[0]) or ""))
+    kinds = [kv for kv in pairs if _kind_key(kv[0].rpartition(".")[0]) == kv[0].rpartition(".")[2]]
+    for key, value in kinds:
+        _assign(config, key, value)
+    fill(config, options)
+    for key, value in pairs[len(kinds) :]:
+        _assign(config, key, value)
+    config.lock()
+    return config
+
+
+def _assign(config: ConfigDict, path: str, text: str) -> None:
+    """Sets one key from text, read as JSON or a Python literal, by the type the key has now."""
+    *parents, last = path.split(".")
+    node: Any = config
+    for i, name in enumerate(parents):
+        if not isinstance(node, ConfigDict) or name not in node:
+            raise unknown_key(name, node.keys() if isinstance(node, ConfigDict) else (), ".".join(parents[:i]))
+        node = node[name]
+    where = ".".join(parents)
+    if not isinstance(node, ConfigDict) or (last not in node and not OPEN.fullmatch(where)):
+        raise unknown_key(last, node.keys() if isinstance(node, ConfigDict) else (), where)
+    old = node.get(last)
+    value: Any = text
+    if not isinstance(old, str):
+        try:
+            value = ast.literal_eval({"true": "True", "false": "False", "null": "None"}.get(text.lower(), text))
+        except (ValueError, SyntaxError):
+            value = text
+    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if isinstance(old, tuple):
+        value = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if isinstance(old, ConfigDict) and isinstance(value, Mapping):
+        value = ConfigDict(value)
+    # A key without a value yet (None), or one that takes a name as well as a table, may change its type.
+    free = old is None or (isinstance(old, ConfigDict) and isinstance(value, str)) or value is None
+    if not free and type(value) is not type(old):
+        raise UserError(
+            f"config: --config.{path}={text}: needs {type(old).__name__}, e.g. --config.{path}={_show(old)}"
+        )
+    with node.ignore_type():
+        node[last] = value
+
+
+def _show(value: Any) -> str:
+    return str(value.to_dict()) if isinstance(value, ConfigDict) else str(value)
+
+
+def to_json(config: ConfigDict) -> str:
+    """The configuration as readable JSON (tuples become lists)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, FieldReference):
+            value = value.get()
+        if isinstance(value, ConfigDict | config_dict.FrozenConfigDict | Mapping):
+            return {str(k): plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+    return json.dumps(plain(config), indent=2)
+
+
+def from_json(text: str) -> ConfigDict:
+    """Inverse of `to_json`; lists come back as tuples, which is what every list in a config is."""
+
+    def tuples(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: tuples(v) for k, v in value.items()}
+        return tuple(tuples(v) for v in value) if isinstance(value, list) else value
+
+    return ConfigDict(tuples(json.loads(text)))
+
+
+def difference(old: Mapping, new: Mapping, where: str = "") -> list[str]:
+    """Readable lines for every key whose value differs between two configs."""
+    lines = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        path = f"{where}.{key}" if where else key
+        if isinstance(a, Mapping | ConfigDict) and isinstance(b, Mapping | ConfigDict):
+            lines += difference(a, b, path)
+        elif a != b:
+            lines.append(f"{path}: {_show(a)} -> {_show(b)}")
+    return lines
+
+
+def steps(duration: str, *, batch_size: int, n_examples: int, key: str = "duration") -> int:
+    """'500 steps', '20 epochs' or '8000 examples' as a number of optimizer steps (rounded up).
+
+    Args:
+      n_examples: cases in the training split; one epoch takes one example of each.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(steps?|epochs?|examples?)\s*", duration)
+    if not match:
+        raise UserError(f"config: '{key}' is '{duration}'; write e.g. '500 steps', '20 epochs' or '8000 examples'")
+    number, unit = float(match[1]), match[2].rstrip("s")
+    if unit == "step":
+        return int(number)
+    examples = number * (n_examples if unit == "epoch" else 1)
+    return int(-(-examples // batch_size))

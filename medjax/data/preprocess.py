@@ -1,0 +1,575 @@
+"""From a case's files to the array a model sees, and back onto the file's own grid.
+
+The way there: orient (whole-axis permutation and flips, exact) -> crop -> resample -> normalise, as nnU-Net does (F. Isensee
+et al., Nature Methods 18, 2021). What is learnt from the training cases (median spacing, CT foreground statistics) is in a
+`Plan`, which is JSON and travels with the model; what is particular to one case is in its `Geometry`, which is JSON too
+and knows the way back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medjax.data import nifti
+from medjax.data.cohort import Case, Cohort, check_keys, load_images, nearest
+from medjax.data.volume import Volume, axes_towards, check_same_grid, finite, spacing_of
+from medjax.errors import UserError, warn_once
+from medjax.ops.resample import bounding_box, resample, resample_labels
+
+NORMALIZATIONS = ("zscore", "zscore_nonzero", "ct", "percentile", "none")
+DEFAULT_SPEC: dict[str, Any] = {
+    "orientation": "RAS",
+    "spacing": None,
+    "crop": None,
+    "normalize": "zscore",
+    "nonfinite": "error",
+    "missing": "error",
+}
+"""What a spec may say, with its defaults; `fit` documents the values."""
+
+_PERCENTILES = (0.5, 99.5)
+_SAME_SPACING = 1e-3  # relative: closer than this, voxels stay as they are and the geometry keeps the exact affine
+_FOREGROUND_PER_CASE = 20_000  # quantiles a case gives to the CT statistics, so that large organs do not outvote cases
+_PLAN_VERSION = 1
+_WILD_RATIO = 1000.0
+
+
+# --------------------------------------------------------------------------------------------------------- geometry
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How one case's prepared grid lies in its file's grid.
+
+    Attributes:
+      original_shape, original_affine: of the file; affine [4, 4] as nested tuples.
+      permutation, flips: file axes -> oriented axes (`medjax.data.volume.axes_towards`).
+      crop_start, crop_shape: the box kept of the oriented grid, in voxels.
+      shape: of the prepared grid.
+      ratios: prepared spacing over oriented spacing along each axis; the two grids share the centre of the crop box.
+    """
+
+    original_shape: tuple[int, int, int]
+    original_affine: tuple[tuple[float, ...], ...]
+    permutation: tuple[int, int, int]
+    flips: tuple[bool, bool, bool]
+    crop_start: tuple[int, int, int]
+    crop_shape: tuple[int, int, int]
+    shape: tuple[int, int, int]
+    ratios: tuple[float, float, float]
+
+    @property
+    def affine(self) -> np.ndarray:
+        """[4, 4] float64: prepared voxel index -> world millimetres."""
+        to_oriented = np.diag([*self.ratios, 1.0])
+        for axis in range(3):
+            middle = (self.crop_shape[axis] - 1) / 2 - (self.shape[axis] - 1) / 2 * self.ratios[axis]
+            to_oriented[axis, 3] = self.crop_start[axis] + middle
+        to_file = np.zeros((4, 4))
+        to_file[3, 3] = 1
+        for axis, (source, flip) in enumerate(zip(self.permutation, self.flips, strict=True)):
+            to_file[source, axis] = -1.0 if flip else 1.0
+            to_file[source, 3] = self.original_shape[source] - 1 if flip else 0
+        return np.array(self.original_affine) @ to_file @ to_oriented
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Of the prepared grid, mm."""
+        return spacing_of(self.affine)
+
+    def orient(self, array: np.ndarray) -> np.ndarray:
+        """An array [x, y, z, ...] on the file's grid in oriented axis order, as a view."""
+        rest = range(3, array.ndim)
+        return array.transpose(*self.permutation, *rest)[tuple(_step(f) for f in self.flips)]
+
+    def unorient(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of `orient`, as a view."""
+        rest = range(3, array.ndim)
+        inverse = (int(i) for i in np.argsort(self.permutation))
+        return array[tuple(_step(f) for f in self.flips)].transpose(*inverse, *rest)
+
+    @property
+    def crop(self) -> tuple[slice, slice, slice]:
+        """The box kept of the oriented grid."""
+        a, b, c = (slice(s, s + n) for s, n in zip(self.crop_start, self.crop_shape, strict=True))
+        return a, b, c
+
+    def to_original(self, prob: np.ndarray, background: int | None = 0) -> np.ndarray:
+        """Brings per-voxel outputs back onto the file's grid, linearly.
+
+        Args:
+          prob: [X, Y, Z, K] on the prepared grid.
+          background: channel that is 1 outside the crop box (softmax outputs); None leaves zeros there (sigmoid outputs).
+
+        Returns:
+          [x, y, z, K] float32, `original_shape`.
+        """
+        prob = self._on_prepared(prob, 4)
+        out = np.zeros((*self.original_shape, prob.shape[3]), np.float32)
+        oriented = self.orient(out)
+        if background is not None:
+            oriented[..., background] = 1.0
+        for channel in range(prob.shape[3]):
+            oriented[(*self.crop, channel)] = self._uncropped(prob[..., channel])
+        return out
+
+    def labels_to_original(self, prob: np.ndarray, background: int = 0) -> np.ndarray:
+        """The most probable class of each voxel of the file's grid; one channel is held at a time.
+
+        Args:
+          prob: [X, Y, Z, K] on the prepared grid: probabilities or logits.
+          background: class outside the crop box.
+
+        Returns:
+          [x, y, z] uint8 (uint16 above 256 classes): channel indices. Ties go to the lower channel.
+        """
+        prob = self._on_prepared(prob, 4)
+        classes = prob.shape[3]
+        dtype = np.uint8 if classes <= 256 else np.uint16
+        best = self._uncropped(prob[..., 0])
+        winner = np.zeros(self.crop_shape, dtype)
+        for channel in range(1, classes):
+            values = self._uncropped(prob[..., channel])
+            wins = values > best
+            winner[wins] = channel
+            np.maximum(best, values, out=best)
+        return self._placed(winner, background)
+
+    def regions_to_original(self, prob: np.ndarray, threshold: float = 0.5) -> np.ndarray:
+        """Overlapping regions on the file's grid: [X, Y, Z, K] probabilities -> [x, y, z, K] bool, above `threshold`."""
+        prob = self._on_prepared(prob, 4)
+        out = np.zeros((*self.original_shape, prob.shape[3]), bool)
+        oriented = self.orient(out)
+        for channel in range(prob.shape[3]):
+            oriented[(*self.crop, channel)] = self._uncropped(prob[..., channel]) > threshold
+        return out
+
+    def label_map_to_original(self, labels: np.ndarray, background: int = 0) -> np.ndarray:
+        """A label map [X, Y, Z] of integers on the file's grid [x, y, z], where no probabilities are left to bring back."""
+        labels = self._on_prepared(labels, 3)
+        inverse = tuple(1 / r for r in self.ratios)
+        same = self.shape == self.crop_shape and self.ratios == (1.0, 1.0, 1.0)
+        return self._placed(labels if same else resample_labels(labels, self.crop_shape, inverse), background)
+
+    def to_json(self) -> str:
+        """As JSON text; floats keep every bit."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | Mapping[str, Any]) -> Geometry:
+        """The geometry `to_json` wrote (text or the parsed object)."""
+        table = dict(json.loads(text) if isinstance(text, str) else text)
+        table["original_affine"] = tuple(tuple(float(v) for v in row) for row in table["original_affine"])
+        return cls(**{key: tuple(value) for key, value in table.items()})
+
+    def _on_prepared(self, array: np.ndarray, ndim: int) -> np.ndarray:
+        array = np.asarray(array)
+        if array.ndim != ndim or array.shape[:3] != self.shape:
+            raise ValueError(f"expected {ndim} axes on the prepared grid {self.shape}, got shape {array.shape}")
+        return array
+
+    def _uncropped(self, channel: np.ndarray) -> np.ndarray:
+        """One channel of the prepared grid on the crop box, float32."""
+        channel = np.asarray(channel, np.float32)
+        return resample(channel, self.crop_shape, tuple(1 / r for r in self.ratios), order=1)
+
+    def _placed(self, labels: np.ndarray, background: int) -> np.ndarray:
+        out = np.full(self.original_shape, background, labels.dtype)
+        self.orient(out)[self.crop] = labels
+        return out
+
+
+def _step(flip: bool) -> slice:
+    return slice(None, None, -1) if flip else slice(None)
+
+
+# -------------------------------------------------------------------------------------------------------------- plan
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """One case, ready for the store or the model.
+
+    Attributes:
+      image: [X, Y, Z, C] float32, C-contiguous.
+      targets: task -> [X, Y, Z] label map, the smallest of uint8, uint16, int32 that holds it.
+      geometry: the way back.
+      present: which channels are real; the others are 0 everywhere.
+      scale: per channel, the 99th percentile of |raw intensity| (0 where absent), for `compare_intensities`.
+    """
+
+    image: np.ndarray
+    targets: dict[str, np.ndarray]
+    geometry: Geometry
+    present: tuple[bool, ...]
+    scale: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about preparation that a trained model needs again.
+
+    Attributes:
+      modalities: channel order.
+      labels: structure name -> value in the masks.
+      orientation: axis codes, such as 'RAS'.
+      spacing: mm, along the oriented axes; None keeps each file's own.
+      crop: 'nonzero' or None.
+      normalize: modality -> one of `NORMALIZATIONS`.
+      foreground: modality -> lower, upper (percentiles 0.5 and 99.5), mean, std inside the training masks, for 'ct'.
+      median_spacing, median_shape: of the oriented training cases before cropping; the shape at `spacing`.
+      nonfinite, missing: 'error' or 'zero'.
+    """
+
+    modalities: tuple[str, ...]
+    labels: Mapping[str, int]
+    orientation: str
+    spacing: tuple[float, float, float] | None
+    crop: str | None
+    normalize: Mapping[str, str]
+    foreground: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    median_spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    median_shape: tuple[int, int, int] = (1, 1, 1)
+    nonfinite: str = "error"
+    missing: str = "error"
+
+    def to_json(self) -> str:
+        """As JSON text; floats keep every bit."""
+        return json.dumps({"version": _PLAN_VERSION, **dataclasses.asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str | Mapping[str, Any]) -> Plan:
+        """The plan `to_json` wrote (text or the parsed object); UserError for one of another version."""
+        table = dict(json.loads(text) if isinstance(text, str) else text)
+        if (version := table.pop("version", None)) != _PLAN_VERSION:
+            raise UserError(f"preprocessing plan of version {version}: this medjax reads version {_PLAN_VERSION}")
+        for key in ("modalities", "spacing", "median_spacing", "median_shape"):
+            table[key] = None if table[key] is None else tuple(table[key])
+        return cls(**table)
+
+    def apply(
+        self,
+        images: Volume,
+        labels: Mapping[str, Volume] | None = None,
+        present: Sequence[bool] | None = None,
+        names: Sequence[str] | None = None,
+    ) -> Prepared:
+        """Prepares one case.
+
+        Args:
+          images: [X, Y, Z, C] (or [X, Y, Z] for one modality) in the file's own axis order.
+          labels: task -> integer label map on the same grid.
+          present: which channels are real; all by default.
+          names: what error messages call each channel; the volume's file by default.
+
+        Returns:
+          The prepared case, float32; deterministic, and the same whatever axis order the file was stored in.
+
+        Raises:
+          UserError: wrong number of channels, non-finite values, a constant channel, labels on another grid.
+        """
+        labels = dict(labels or {})
+        data = images.data if images.data.ndim == 4 else images.data[..., None]
+        count = len(self.modalities)
+        if data.shape[3] != count:
+            raise UserError(
+                f"{images.name}: {data.shape[3]} channels, but the plan has {count} modalities "
+                f"({', '.join(self.modalities)}). Give every modality, in this order."
+            )
+        real = (True,) * count if present is None else tuple(bool(p) for p in present)
+        called = list(names) if names is not None else [f"{images.name} ({m})" for m in self.modalities]
+        if images.nonfinite:
+            data = finite(images, self.nonfinite).data.reshape(data.shape, order="A")
+        for volume in labels.values():
+            check_same_grid(volume, images)
+
+        geometry = self._geometry(images, data)
+        scales = []
+        image = np.zeros((*geometry.shape, count), np.float32)
+        for channel, modality in enumerate(self.modalities):
+            if not real[channel]:
+                scales.append(0.0)
+                continue
+            cropped = geometry.orient(data[..., channel])[geometry.crop]
+            # One memory order whatever the file's: sums, and so the result, then agree to the bit.
+            with np.errstate(over="ignore"):
+                values = np.ascontiguousarray(cropped, np.float32)
+            low, high = float(values.min()), float(values.max())
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise UserError(f"{called[channel]}: values beyond the range of float32 (3.4e38). Rescale the image.")
+            if low == high:
+                raise UserError(
+                    f"{called[channel]}: the image is constant (every voxel is {low:g}), so there is nothing to see in it. "
+                    "Give the right file or leave the case out."
+                )
+            scales.append(_large_value(values))
+            image[..., channel] = self._finish(values, modality, geometry, called[channel])
+        targets = {task: self._target(volume, geometry) for task, volume in labels.items()}
+        return Prepared(image, targets, geometry, real, tuple(scales))
+
+    def _geometry(self, images: Volume, data: np.ndarray) -> Geometry:
+        permutation, flips = axes_towards(images.affine, self.orientation)
+        shape = tuple(images.shape[i] for i in permutation)
+        a, b, c = shape
+        x, y, z = images.shape
+        identity = Geometry(
+            original_shape=(x, y, z),
+            original_affine=tuple(tuple(row) for row in images.affine.tolist()),
+            permutation=permutation,
+            flips=flips,
+            crop_start=(0, 0, 0),
+            crop_shape=(a, b, c),
+            shape=(a, b, c),
+            ratios=(1.0, 1.0, 1.0),
+        )
+        box = (slice(0, a), slice(0, b), slice(0, c))
+        if self.crop == "nonzero":
+            mask = data[..., 0] != 0
+            for channel in range(1, data.shape[3]):
+                mask |= data[..., channel] != 0
+            found = bounding_box(identity.orient(mask))
+            if found is None:
+                raise UserError(f"{images.name}: the image is 0 everywhere. Give the right file or leave the case out.")
+            box = found
+        start = (box[0].start, box[1].start, box[2].start)
+        kept = (box[0].stop - start[0], box[1].stop - start[1], box[2].stop - start[2])
+        prepared, ratios = list(kept), [1.0, 1.0, 1.0]
+        if self.spacing is not None:
+            for axis in range(3):
+                # Six digits: a header's float32 holds no more, and files stored in another axis order differ beyond.
+                own = float(f"{images.spacing[permutation[axis]]:.6g}")
+                if abs(self.spacing[axis] / own - 1) > _SAME_SPACING:
+                    ratios[axis] = self.spacing[axis] / own
+                    prepared[axis] = max(1, round(kept[axis] / ratios[axis]))
+        return dataclasses.replace(
+            identity,
+            crop_start=start,
+            crop_shape=kept,
+            shape=(prepared[0], prepared[1], prepared[2]),
+            ratios=(ratios[0], ratios[1], ratios[2]),
+        )
+
+    def _finish(self, values: np.ndarray, modality: str, geometry: Geometry, name: str) -> np.ndarray:
+        """Resamples and normalises one channel [*crop_shape] float32 -> [*shape] float32."""
+        kind = self.normalize[modality]
+        mask = None
+        if kind == "zscore_nonzero":  # before interpolation blurs the border of the zeros
+            mask = resample((values != 0).astype(np.uint8), geometry.shape, geometry.ratios, order=0) != 0
+        values = resample(values, geometry.shape, geometry.ratios, order=3)
+        if kind == "none":
+            return values
+        if kind == "percentile":
+            low, high = (np.float32(v) for v in np.percentile(values, _PERCENTILES))
+            if not high > low:
+                low, high = values.min(), values.max()
+            return (np.clip(values, low, high) - low) / _positive(high - low, name, kind)
+        if kind == "ct":
+            known = self.foreground[modality]
+            values = np.clip(values, np.float32(known["lower"]), np.float32(known["upper"]))
+            return (values - np.float32(known["mean"])) / np.float32(max(known["std"], 1e-8))
+        inside = values if mask is None else values[mask]
+        mean = inside.mean(dtype=np.float64)
+        values = (values - np.float32(mean)) / _positive(inside.std(dtype=np.float64), name, kind)
+        return values if mask is None else np.where(mask, values, np.float32(0))
+
+    def _target(self, volume: Volume, geometry: Geometry) -> np.ndarray:
+        oriented = geometry.orient(volume.data)
+        labels = oriented[geometry.crop]
+        if lost := np.count_nonzero(oriented) - np.count_nonzero(labels):
+            warn_once(f"{volume.name}: {lost} labelled voxels lie where the image is 0 and are cropped away (crop='nonzero')")
+        dtype = next(d for d in (np.uint8, np.uint16, np.int32) if int(labels.max()) <= np.iinfo(d).max)
+        labels = np.ascontiguousarray(labels, dtype)
+        if geometry.shape == geometry.crop_shape and geometry.ratios == (1.0, 1.0, 1.0):
+            return labels
+        return resample_labels(labels, geometry.shape, geometry.ratios)
+
+
+def _positive(value: Any, name: str, kind: str) -> np.float32:
+    if not value > 0:
+        raise UserError(f"{name}: constant where normalize={kind!r} measures it. Choose another normalisation for it.")
+    return np.float32(value)
+
+
+def _large_value(values: np.ndarray) -> float:
+    """99th percentile of |values|, from at most about 1e5 evenly spaced voxels."""
+    flat = values.ravel()
+    return float(np.percentile(np.abs(flat[:: max(1, flat.size // 100_000)]), 99))
+
+
+# --------------------------------------------------------------------------------------------------------------- fit
+
+
+def check_spec(spec: Mapping[str, Any], modalities: Sequence[str]) -> dict[str, Any]:
+    """The spec with its defaults filled in and `normalize` as {modality: name}; UserError names what is wrong with it."""
+    check_keys("data.preprocess", spec, tuple(DEFAULT_SPEC))
+    full = {**DEFAULT_SPEC, **dict(spec)}
+    codes = full["orientation"]
+    if not isinstance(codes, str) or sorted("LR".find(c) >= 0 or "PA".find(c) >= 0 and 2 or 3 for c in codes) != [1, 2, 3]:
+        raise UserError(f"data.preprocess.orientation={codes!r}: give one letter of each of L/R, P/A, I/S, such as 'RAS'")
+    spacing = full["spacing"]
+    if spacing is not None and spacing != "median":
+        try:
+            numbers = tuple(float(s) for s in spacing)
+        except (TypeError, ValueError):
+            numbers = ()
+        if isinstance(spacing, str) or len(numbers) != 3 or not all(0 < s < math.inf for s in numbers):
+            raise UserError(f"data.preprocess.spacing={spacing!r}: give three positive numbers (mm), 'median' or None")
+        full["spacing"] = numbers
+    for key, known in (("crop", (None, "nonzero")), ("nonfinite", ("error", "zero")), ("missing", ("error", "zero"))):
+        if full[key] not in known:
+            hint = nearest(full[key], (k for k in known if k))
+            raise UserError(f"data.preprocess.{key}={full[key]!r}{hint} (known: {', '.join(map(str, known))})")
+    given = full["normalize"]
+    table = dict.fromkeys(modalities, given) if isinstance(given, str) else dict(given)
+    check_keys("data.preprocess.normalize", table, tuple(modalities))
+    for modality in modalities:
+        if modality not in table:
+            raise UserError(f"data.preprocess.normalize: names no normalisation for modality {modality!r}")
+        if table[modality] not in NORMALIZATIONS:
+            raise UserError(
+                f"data.preprocess.normalize: unknown {table[modality]!r} for {modality}"
+                f"{nearest(table[modality], NORMALIZATIONS)} (known: {', '.join(NORMALIZATIONS)})"
+            )
+    full["normalize"] = table
+    return full
+
+
+def fit(spec: Mapping[str, Any], cohort: Cohort, cases: Iterable[Case]) -> Plan:
+    """Learns a plan from the training cases.
+
+    Args:
+      spec: keys of `DEFAULT_SPEC`:
+        orientation: axis codes, 'RAS' by default.
+        spacing: three mm along the oriented axes, 'median' of the training cases, or None (each file's own).
+        crop: 'nonzero' (bounding box of voxels where any modality is not 0) or None.
+        normalize: a name for all modalities or {modality: name}. 'zscore': mean 0, std 1 over the volume;
+          'zscore_nonzero': over its non-zero voxels, zeros stay 0; 'ct': clipped to the 0.5 and 99.5 percentiles of the
+          training masks' foreground, then by its mean and std, the same for every case; 'percentile': 0.5 to 99.5
+          percentiles of the volume to 0..1, clipped; 'none'.
+        nonfinite: 'error', or 'zero' to read NaN and infinite values as 0.
+        missing: 'error', or 'zero' to let a case lack modalities.
+      cohort: for modalities and labels.
+      cases: the training cases. Only headers are read, except for 'ct', which reads those images and masks.
+
+    Returns:
+      The plan.
+
+    Raises:
+      UserError: an unknown key or value (with the nearest known), no cases, or 'ct' without masks.
+    """
+    cases = tuple(cases)
+    if not cases:
+        raise UserError("data.preprocess: there are no training cases to fit to")
+    full = check_spec(spec, cohort.modalities)
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        grids = list(pool.map(nifti.read_grid, (next(iter(case.images.values())) for case in cases)))
+    spacings, shapes = [], []
+    for shape, affine in grids:
+        permutation, _ = axes_towards(affine, full["orientation"])
+        spacing = spacing_of(affine)
+        spacings.append([spacing[i] for i in permutation])
+        shapes.append([shape[i] for i in permutation])
+    median = tuple(float(f"{s:.6g}") for s in np.median(spacings, axis=0))
+    target = median if full["spacing"] == "median" else full["spacing"]
+    at_target = np.array(shapes) * (np.array(spacings) / np.array(target) if target else 1.0)
+    plan = Plan(
+        modalities=cohort.modalities,
+        labels=dict(cohort.labels),
+        orientation=full["orientation"],
+        spacing=target,
+        crop=full["crop"],
+        normalize=full["normalize"],
+        median_spacing=(median[0], median[1], median[2]),
+        median_shape=tuple(int(round(n)) for n in np.median(at_target, axis=0)),  # type: ignore[arg-type]
+        nonfinite=full["nonfinite"],
+        missing=full["missing"],
+    )
+    ct = [m for m in cohort.modalities if full["normalize"][m] == "ct"]
+    return dataclasses.replace(plan, foreground=_foreground(plan, ct, cases)) if ct else plan
+
+
+def _foreground(plan: Plan, modalities: Sequence[str], cases: Sequence[Case]) -> dict[str, dict[str, float]]:
+    """Intensity statistics inside the training masks, for each of `modalities`."""
+    samples: dict[str, list[np.ndarray]] = {m: [] for m in modalities}
+    for case in cases:
+        masks = [t for t in case.targets.values() if isinstance(t, Path)]
+        have = [m for m in modalities if m in case.images]
+        if not masks or not have:
+            continue
+        images, _ = load_images(case, have)
+        images = finite(images, plan.nonfinite)
+        data = images.data if images.data.ndim == 4 else images.data[..., None]
+        inside = np.zeros(images.shape, bool)
+        for path in masks:
+            inside |= nifti.read_label(path, images, plan.labels.values() or None).data > 0
+        for channel, modality in enumerate(have):
+            values = np.sort(data[inside, channel].astype(np.float32))
+            if len(values):
+                # Evenly spaced quantiles stand for the case.
+                n = min(len(values), _FOREGROUND_PER_CASE)
+                samples[modality].append(values[np.linspace(0, len(values) - 1, n).round().astype(np.intp)])
+    out = {}
+    for modality, parts in samples.items():
+        if not parts:
+            raise UserError(
+                f"data.preprocess.normalize: 'ct' for {modality} needs masks with foreground in the training cases. "
+                "Use 'percentile' or 'zscore' where there are none."
+            )
+        pooled = np.concatenate(parts).astype(np.float64)
+        lower, upper = (float(v) for v in np.percentile(pooled, _PERCENTILES))
+        out[modality] = {"lower": lower, "upper": upper, "mean": float(pooled.mean()), "std": float(pooled.std())}
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------- cases
+
+
+def prepare_case(case: Case, plan: Plan, tasks: Sequence[str] | None = None) -> Prepared:
+    """Reads, checks and prepares one case.
+
+    Args:
+      case: the case.
+      plan: from `fit`.
+      tasks: those whose masks are wanted; all by default. Targets that are numbers are not touched here.
+
+    Returns:
+      The prepared case.
+
+    Raises:
+      UserError: anything wrong with its files, naming them.
+    """
+    images, present = load_images(case, plan.modalities, allow_missing=plan.missing == "zero")
+    labels = {
+        task: nifti.read_label(path, images, plan.labels.values() or None)
+        for task, path in case.targets.items()
+        if isinstance(path, Path) and (tasks is None or task in tasks)
+    }
+    names = [str(case.images.get(m, m)) for m in plan.modalities]
+    return plan.apply(images, labels, present, names)
+
+
+def compare_intensities(scales: Mapping[str, Sequence[float]], modalities: Sequence[str]) -> None:
+    """Notes once where the cases' raw intensities differ wildly (`Prepared.scale` by case id).
+
+    One file in other units (a map times 1e6, a CT without its offset) rarely is what its folder says; normalisation per
+    case hides it, fixed CT windows do not.
+    """
+    for channel, modality in enumerate(modalities):
+        known = {id: s[channel] for id, s in scales.items() if s[channel] > 0}
+        if not known:
+            continue
+        low, high = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
+        if known[high] > _WILD_RATIO * known[low]:
+            warn_once(
+                f"{modality}: intensities differ wildly between cases (99th percentile {known[low]:.3g} in {low}, "
+                f"{known[high]:.3g} in {high}); are their units the same?"
+            )

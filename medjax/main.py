@@ -1,0 +1,72 @@
+"""`python -m medjax.main --config=configs/brain_seg.py`: trains, then evaluates. Flags and dispatch only."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from medjax import runtime
+from medjax.errors import UserError
+
+EPILOG = """Any key of the configuration is set with --config.KEY=VALUE, for example
+  python -m medjax.main --config=configs/brain_seg.py --config.optim.lr=0.02 --config.train.total='20 epochs'
+A run that was interrupted goes on from its newest checkpoint when the same command is given again."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m medjax.main", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawTextHelpFormatter
+    )
+    p.add_argument("--config", required=True, metavar="FILE[:ARG]", help="recipe, such as configs/brain_seg.py:debug")
+    p.add_argument("--workdir", type=Path, help="where results go (default: runs/<config name>)")
+    p.add_argument("--mode", choices=("train", "eval"), default="train", help="eval: only evaluate the best checkpoint")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one job; raises UserError for a user's mistake."""
+    args, rest = parser().parse_known_args(argv)
+    overrides = []
+    for text in rest:
+        if not text.startswith("--config."):
+            raise UserError(f"unknown argument '{text}'; see --help")
+        overrides.append(text.removeprefix("--config."))
+
+    from medjax import config as config_lib
+    from medjax import models, tasks
+
+    options = {"model": models.options, "tasks": tasks.options}
+    config = config_lib.load(args.config, overrides, lambda room, kind: options[room](kind))
+    variant = args.config.partition(":")[2]
+    name = config.name + "".join(f"_{c}" if i == 0 else c for i, c in enumerate(filter(str.isalnum, variant)))
+    workdir = args.workdir or Path("runs") / name
+
+    from medjax import evaluate, train
+
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{workdir}: cannot make the run folder: {error.strerror}") from error
+    if args.mode == "train":
+        train.train(config, workdir)
+    evaluate.evaluate(workdir, config)
+
+
+def run(function: object) -> None:
+    """Calls a command-line program: a UserError ends it with one message and exit code 2, no stack trace."""
+    try:
+        function()  # type: ignore[operator]
+    except UserError as error:
+        print(f"\nmedjax: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\nmedjax: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    runtime.ensure_tuned_allocator()
+    run(main)

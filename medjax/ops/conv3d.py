@@ -1,0 +1,455 @@
+"""3D convolution, channels last: oneDNN on CPU, XLA's own elsewhere.
+
+`conv3d` is what every layer uses. It and its two gradients are JAX primitives that lower to a native kernel
+(`medjax.ops.native`) on the CPU and to `lax.conv_general_dilated` on every other platform, so one traced program
+still lowers and exports for any of them. The three are linear in each operand and are each other's transposes, so
+derivatives of every order, forward or reverse, stay within them.
+
+Shapes: images [N, X, Y, Z, C], filters [KX, KY, KZ, C / groups, F] (`lax` names: NDHWC and DHWIO).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax._src import dispatch as _dispatch
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
+
+from medjax.ops import native
+
+Triple = tuple[int, int, int]
+Pads = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+Array = jax.Array
+
+_DIMENSION_NUMBERS = ("NDHWC", "DHWIO", "NDHWC")
+
+
+class _Window(NamedTuple):
+    """What a convolution does besides its operands; one hashable parameter of the primitives."""
+
+    strides: Triple
+    padding: Pads
+    dilation: Triple
+    groups: int
+
+    def output(self, space: Sequence[int], kernel: Sequence[int]) -> Triple:
+        """Spatial shape of the output for an image of spatial shape `space`."""
+        return tuple(  # type: ignore[return-value]
+            max(0, (size + low + high - (width - 1) * dilation - 1) // stride + 1)
+            for size, width, stride, (low, high), dilation in zip(
+                space, kernel, self.strides, self.padding, self.dilation, strict=True
+            )
+        )
+
+
+def _triple(name: str, value: int | Sequence[int]) -> Triple:
+    values = (value,) * 3 if isinstance(value, int | np.integer) else tuple(value)
+    if len(values) != 3 or any(int(v) != v or v < 1 for v in values):
+        raise ValueError(f"conv3d: {name} must be one or three positive integers, got {value!r}")
+    return tuple(int(v) for v in values)  # type: ignore[return-value]
+
+
+def _pads(
+    padding: str | int | Sequence[Any], space: Sequence[int], kernel: Triple, strides: Triple, dilation: Triple
+) -> Pads:
+    if isinstance(padding, str):
+        reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+        try:
+            pads = lax.padtype_to_pads(space, reach, strides, padding.upper())
+        except RuntimeError:
+            raise ValueError(f"conv3d: padding {padding!r} is neither 'SAME' nor 'VALID'") from None
+    elif isinstance(padding, int | np.integer):
+        pads = [(int(padding), int(padding))] * 3
+    else:
+        pads = [(p, p) if isinstance(p, int | np.integer) else tuple(p) for p in padding]
+    if len(pads) != 3 or any(len(p) != 2 for p in pads):
+        raise ValueError(f"conv3d: padding must be 'SAME', 'VALID', a number or three pairs, got {padding!r}")
+    return tuple((int(low), int(high)) for low, high in pads)  # type: ignore[return-value]
+
+
+def conv3d(
+    x: Array,
+    w: Array,
+    strides: int | Sequence[int] = 1,
+    padding: str | int | Sequence[Any] = "SAME",
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    bias: Array | None = None,
+) -> Array:
+    """3D convolution (cross-correlation, as everywhere in deep learning).
+
+    Args:
+      x: images [N, X, Y, Z, C], floating.
+      w: filters [KX, KY, KZ, C / groups, F], of the type of `x`.
+      strides: one or three steps.
+      padding: 'SAME' or 'VALID' as in `lax`, a number, or three numbers or (low, high) pairs; zeros are padded.
+      dilation: one or three distances between the filter's taps.
+      groups: number of channel groups; `groups == C` is a depthwise convolution.
+      bias: [F], added to every voxel, or None.
+
+    Returns:
+      [N, X', Y', Z', F] of the type of `x`. Sums are in float32 or better; two runs of a program agree bit for bit.
+
+    Raises:
+      ValueError, TypeError: operands that do not fit together.
+    """
+    if x.ndim != 5 or w.ndim != 5:
+        raise ValueError(f"conv3d: expected x [N, X, Y, Z, C] and w [KX, KY, KZ, C, F], got {x.shape} and {w.shape}")
+    if x.dtype != w.dtype or (bias is not None and bias.dtype != x.dtype):
+        types = ", ".join(str(a.dtype) for a in (x, w, bias) if a is not None)
+        raise TypeError(f"conv3d: operands must have one type, got {types}")
+    if groups < 1 or x.shape[4] != w.shape[3] * groups or w.shape[4] % groups:
+        raise ValueError(f"conv3d: x {x.shape} and w {w.shape} do not fit together with groups={groups}")
+    if bias is not None and bias.shape != w.shape[4:]:
+        raise ValueError(f"conv3d: bias must be [{w.shape[4]}], got {bias.shape}")
+    strides, dilation = _triple("strides", strides), _triple("dilation", dilation)
+    pads = _pads(padding, x.shape[1:4], w.shape[:3], strides, dilation)
+    window = _Window(strides, pads, dilation, int(groups))
+    if not native.enabled():
+        return _xla_conv(x, w, bias, window=window)
+    return _bind(_conv_p, x, w, *([] if bias is None else [bias]), window=window)
+
+
+def _conv_shape(x: Any, w: Any, window: _Window) -> tuple[int, ...]:
+    return (x.shape[0], *window.output(x.shape[1:4], w.shape[:3]), w.shape[4])
+
+
+def _input_shape(g: Any, w: Any, space: Triple, window: _Window) -> tuple[int, ...]:
+    return (g.shape[0], *space, w.shape[3] * window.groups)
+
+
+def _filter_shape(x: Any, g: Any, kernel: Triple, window: _Window) -> tuple[int, ...]:
+    return (*kernel, x.shape[4] // window.groups, g.shape[4])
+
+
+# --- the three maps in XLA's own operations: every platform but the CPU, and the CPU's fallback ---------------------
+
+
+def _xla_conv(x: Array, w: Array, bias: Array | None = None, *, window: _Window) -> Array:
+    y = lax.conv_general_dilated(
+        x,
+        w,
+        window.strides,
+        window.padding,
+        rhs_dilation=window.dilation,
+        dimension_numbers=_DIMENSION_NUMBERS,
+        feature_group_count=window.groups,
+    )
+    return y if bias is None else y + bias
+
+
+def _xla_input_grad(g: Array, w: Array, *, space: Triple, window: _Window) -> Array:
+    x = jax.ShapeDtypeStruct(_input_shape(g, w, space, window), g.dtype)
+    return jax.linear_transpose(lambda x: _xla_conv(x, w, window=window), x)(g)[0]
+
+
+def _xla_filter_grad(x: Array, g: Array, *, kernel: Triple, window: _Window) -> Array:
+    w = jax.ShapeDtypeStruct(_filter_shape(x, g, kernel, window), g.dtype)
+    return jax.linear_transpose(lambda w: _xla_conv(x, w, window=window), w)(g)[0]
+
+
+# --- the same in native calls ----------------------------------------------------------------------------------------
+
+
+def _attributes(window: _Window) -> dict[str, Any]:
+    return {
+        "strides": np.array(window.strides, np.int64),
+        "low": np.array([low for low, _ in window.padding], np.int64),
+        "high": np.array([high for _, high in window.padding], np.int64),
+        "dilation": np.array(window.dilation, np.int64),
+        "groups": np.int64(window.groups),
+    }
+
+
+def _call(target: str, shape: tuple[int, ...], *operands: Array, window: _Window) -> Array:
+    """One native call, or zeros where there is nothing to add up."""
+    if math.prod(shape) == 0 or any(operand.size == 0 for operand in operands):
+        return jnp.zeros(shape, operands[0].dtype)
+    dtype = operands[0].dtype
+    if dtype == jnp.bfloat16 and not native.supports_bfloat16():
+        wide = _call(target, shape, *(operand.astype(jnp.float32) for operand in operands), window=window)
+        return wide.astype(dtype)
+    return jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(shape, dtype))(*operands, **_attributes(window))
+
+
+def _native_conv(x: Array, w: Array, bias: Array | None = None, *, window: _Window) -> Array:
+    shape = _conv_shape(x, w, window)
+    if bias is None:
+        return _call("medjax_conv3d", shape, x, w, window=window)
+    if x.size == 0 or w.size == 0:
+        return jnp.broadcast_to(bias, shape)
+    return _call("medjax_conv3d_bias", shape, x, w, bias, window=window)
+
+
+def _native_input_grad(g: Array, w: Array, *, space: Triple, window: _Window) -> Array:
+    shape = _input_shape(g, w, space, window)
+    return _call("medjax_conv3d_input_grad", shape, g, w, window=window)
+
+
+def _native_filter_grad(x: Array, g: Array, *, kernel: Triple, window: _Window) -> Array:
+    shape = _filter_shape(x, g, kernel, window)
+    return _call("medjax_conv3d_filter_grad", shape, x, g, window=window)
+
+
+# --- sharding on a mesh of CPU devices -------------------------------------------------------------------------------
+# The partitioner cannot look into a native call and would gather its operands. It is told that the batch axis may stay
+# split; everything else is replicated. Other platforms run XLA's own operations, which it knows.
+
+
+@functools.cache
+def _partitioned(kind: str, parameters: tuple[tuple[str, Any], ...]) -> Any:
+    from jax.experimental.custom_partitioning import custom_partitioning
+
+    def function(*operands: Array) -> Array:
+        return _KINDS[kind].native(*operands, **dict(parameters))
+
+    def batch_axis(arrays: Any) -> Any:
+        spec = arrays[0].sharding.spec
+        return spec[0] if len(spec) else None
+
+    def shardings(mesh: Any, axis: Any, operands: int) -> tuple[Any, tuple[Any, ...]]:
+        split, whole = NamedSharding(mesh, PartitionSpec(axis)), NamedSharding(mesh, PartitionSpec())
+        if kind == "filter_grad":
+            return whole, (split, split)
+        return split, (split, *[whole] * (operands - 1))
+
+    def partition(mesh: Any, operands: Any, result: Any) -> Any:
+        axis = batch_axis(operands)
+        out, ins = shardings(mesh, axis, len(operands))
+
+        def shard(*arrays: Array) -> Array:
+            y = function(*arrays)
+            return lax.psum(y, axis) if kind == "filter_grad" and axis is not None else y
+
+        return mesh, shard, out, ins
+
+    def infer(mesh: Any, operands: Any, result: Any) -> Any:
+        return shardings(mesh, batch_axis(operands), len(operands))[0]
+
+    rule = {
+        "conv": "n x y z c, i j k d o -> n p q r f",
+        "conv_bias": "n x y z c, i j k d o, b -> n p q r f",
+        "input_grad": "n x y z c, i j k d o -> n p q r f",
+        "filter_grad": "n x y z c, n p q r f -> i j k d o",
+    }[kind]
+    factors = [f for f in dict.fromkeys(rule.replace("->", " ").replace(",", " ").split()) if f != "n"]
+    call = custom_partitioning(function)
+    call.def_partition(
+        partition,
+        infer_sharding_from_operands=infer,
+        sharding_rule=rule,
+        need_replication_factors=tuple(factors),
+        reduction_factors=("n",) if kind == "filter_grad" else (),
+    )
+    return call
+
+
+# --- primitives ------------------------------------------------------------------------------------------------------
+
+
+class _Kind(NamedTuple):
+    native: Any
+    xla: Any
+
+
+_KINDS = {
+    "conv": _Kind(_native_conv, _xla_conv),
+    "conv_bias": _Kind(_native_conv, _xla_conv),
+    "input_grad": _Kind(_native_input_grad, _xla_input_grad),
+    "filter_grad": _Kind(_native_filter_grad, _xla_filter_grad),
+}
+_NATIVE_TYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+
+
+def _varying(x: Any) -> frozenset[str]:
+    """Axes of a `shard_map` over which `x` differs."""
+    aval = jax.typeof(x)
+    kind = getattr(aval, "manual_axis_type", None)
+    return frozenset(kind.varying if kind is not None else getattr(aval, "vma", ()))
+
+
+def _same_variance(operands: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Inside a `shard_map`, marks every operand as varying over the axes any of them varies over."""
+    axes = [_varying(x) for x in operands]
+    everywhere = frozenset().union(*axes)
+    return tuple(
+        lax.pcast(x, tuple(everywhere - own), to="varying") if own != everywhere else x
+        for x, own in zip(operands, axes, strict=True)
+    )
+
+
+def _bind(primitive: Primitive, *operands: Array, **parameters: Any) -> Array:
+    return primitive.bind(*_same_variance(operands), **parameters)
+
+
+def _abstract(kind: str) -> Any:
+    """The result's type. All operands have rank 5, so the first's sharding and variance carry over."""
+
+    def evaluate(first: Any, second: Any, *_: Any, window: _Window, space: Any = None, kernel: Any = None) -> Any:
+        if kind == "conv":
+            return first.update(shape=_conv_shape(first, second, window), weak_type=False)
+        if kind == "input_grad":
+            return first.update(shape=_input_shape(first, second, space, window), weak_type=False)
+        whole = first.sharding.update(spec=PartitionSpec(*[None] * 5))
+        return first.update(shape=_filter_shape(first, second, kernel, window), weak_type=False, sharding=whole)
+
+    return evaluate
+
+
+def _eager(primitive: Primitive) -> Any:
+    @functools.cache
+    def compiled(parameters: tuple[tuple[str, Any], ...]) -> Any:
+        return jax.jit(functools.partial(primitive.bind, **dict(parameters)))
+
+    return lambda *operands, **parameters: compiled(tuple(sorted(parameters.items())))(*operands)
+
+
+def _runs_native(avals: Sequence[Any], window: _Window) -> bool:
+    return (
+        all(isinstance(size, int) for aval in avals for size in aval.shape)  # not shape-polymorphic
+        and avals[0].dtype in _NATIVE_TYPES
+        and min(min(pair) for pair in window.padding) >= 0
+        and native.available()
+    )
+
+
+def _lowering_for_cpu(kind: str) -> Any:
+    def rule(ctx: Any, *operands: Any, window: _Window, **parameters: Any) -> Any:
+        name = "conv_bias" if kind == "conv" and len(operands) == 3 else kind
+        parameters["window"] = window
+        if not _runs_native(ctx.avals_in, window):
+            function = functools.partial(_KINDS[name].xla, **parameters)
+        elif _split_by_the_partitioner(ctx):
+            function = _partitioned(name, tuple(sorted(parameters.items())))
+        else:
+            function = functools.partial(_KINDS[name].native, **parameters)
+        return mlir.lower_fun(function, multiple_results=False)(ctx, *operands)
+
+    return rule
+
+
+def _split_by_the_partitioner(ctx: Any) -> bool:
+    """Whether the program is for several devices; inside a full `shard_map` the shapes are one device's already."""
+    axes = ctx.module_context.axis_context
+    if isinstance(axes, mlir.SPMDAxisContext):
+        return frozenset(axes.mesh.axis_names) != frozenset(axes.manual_axes)
+    return getattr(axes, "num_devices", 1) != 1
+
+
+def _primitive(kind: str) -> Primitive:
+    primitive = Primitive(f"medjax_{kind}")
+    xla = _KINDS[kind].xla
+    primitive.def_impl(_eager(primitive))
+    primitive.def_abstract_eval(_abstract(kind))
+    # Rules per platform are what `lax.platform_dependent` is made of. A rule, unlike its branch, runs only when a
+    # program is lowered for the CPU: nothing is built on a host that computes elsewhere.
+    mlir.register_lowering(primitive, mlir.lower_fun(xla, multiple_results=False))
+    mlir.register_lowering(primitive, _lowering_for_cpu(kind), platform="cpu")
+    batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
+    return primitive
+
+
+def _batch(
+    primitive: Primitive, operands: Sequence[Array], axes: Sequence[Any], **parameters: Any
+) -> tuple[Array, int]:
+    """vmap: mapped images join the batch axis; mapped filters (or a mapped product of images) run one after another."""
+    mapped = [axis is not None for axis in axes]
+    if mapped[0] and not any(mapped[1:]) and primitive is not _filter_grad_p:
+        x = jnp.moveaxis(operands[0], axes[0], 0)
+        y = _bind(primitive, x.reshape(-1, *x.shape[2:]), *operands[1:], **parameters)
+        return y.reshape(*x.shape[:2], *y.shape[1:]), 0
+    moving = tuple(jnp.moveaxis(x, a, 0) for x, a, m in zip(operands, axes, mapped, strict=True) if m)
+
+    def one(slices: tuple[Array, ...]) -> Array:
+        parts = iter(slices)
+        return _bind(primitive, *(next(parts) if m else x for x, m in zip(operands, mapped, strict=True)), **parameters)
+
+    return lax.map(one, moving), 0
+
+
+_conv_p = _primitive("conv")
+_input_grad_p = _primitive("input_grad")
+_filter_grad_p = _primitive("filter_grad")
+# `custom_partitioning` wants to know the devices while a program is lowered, and only a look into this set tells JAX
+# that the primitives will use it. There is no public name for it (JAX's own cuDNN attention does the same).
+_dispatch.prim_requires_devices_during_lowering.update((_conv_p, _input_grad_p, _filter_grad_p))
+
+
+# Derivatives. Each primitive is linear in either operand; a bias is added and has the derivative of an addition.
+
+
+def _conv_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, window: _Window) -> tuple[Array, Any]:
+    x, w, *bias = primals
+    y = _bind(_conv_p, *primals, window=window)
+    terms = []
+    if type(tangents[0]) is not ad.Zero:
+        terms.append(_bind(_conv_p, tangents[0], w, window=window))
+    if type(tangents[1]) is not ad.Zero:
+        terms.append(_bind(_conv_p, x, tangents[1], window=window))
+    if bias and type(tangents[2]) is not ad.Zero:
+        terms.append(jnp.broadcast_to(tangents[2], y.shape))
+    if not terms:
+        return y, ad.Zero.from_primal_value(y)
+    return y, functools.reduce(lax.add, terms)
+
+
+def _bilinear(primitive: Primitive, to_left: Any, to_right: Any) -> None:
+    """Transposes of a primitive of two operands: `to_left(g, left_aval, right)`, `to_right(g, left, right_aval)`."""
+
+    def transpose(g: Any, left: Any, right: Any, *none: Any, **parameters: Any) -> tuple[Any, ...]:
+        if ad.is_undefined_primal(left):
+            if type(g) is ad.Zero:
+                return ad.Zero(left.aval), None
+            return to_left(g, left.aval, right, parameters["window"]), None
+        if type(g) is ad.Zero:
+            return None, ad.Zero(right.aval)
+        return None, to_right(g, left, right.aval, parameters["window"])
+
+    ad.primitive_transposes[primitive] = transpose
+
+
+def _space(aval: Any) -> Triple:
+    return aval.shape[1:4]
+
+
+def _kernel(aval: Any) -> Triple:
+    return aval.shape[:3]
+
+
+def _conv(x: Array, w: Array, window: _Window) -> Array:
+    return _bind(_conv_p, x, w, window=window)
+
+
+def _input_grad(g: Array, w: Array, space: Triple, window: _Window) -> Array:
+    return _bind(_input_grad_p, g, w, space=space, window=window)
+
+
+def _filter_grad(x: Array, g: Array, kernel: Triple, window: _Window) -> Array:
+    return _bind(_filter_grad_p, x, g, kernel=kernel, window=window)
+
+
+ad.primitive_jvps[_conv_p] = _conv_jvp
+_bilinear(
+    _conv_p,
+    lambda g, x, w, window: _input_grad(g, w, _space(x), window),
+    lambda g, x, w, window: _filter_grad(x, g, _kernel(w), window),
+)
+ad.defbilinear(
+    _input_grad_p,
+    lambda u, g, w, *, space, window: _conv(u, w, window),
+    lambda u, g, w, *, space, window: _filter_grad(u, g, _kernel(w.aval), window),
+)
+ad.defbilinear(
+    _filter_grad_p,
+    lambda v, x, g, *, kernel, window: _input_grad(g, v, _space(x.aval), window),
+    lambda v, x, g, *, kernel, window: _conv(x, v, window),
+)

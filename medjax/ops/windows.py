@@ -1,0 +1,147 @@
+"""Sliding windows: where they start, how they are weighted, and a jitted loop that blends a network over a volume."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from medjax.errors import UserError
+
+# Least weight along an axis, relative to the centre's: no voxel of a window may count for nothing.
+_FLOOR = 1e-4
+
+
+def positions(size: int, patch: int, overlap: float) -> list[int]:
+    """Starts of the windows along one axis, spread evenly from edge to edge.
+
+    The fewest windows whose step is at most `patch * (1 - overlap)`, at steps as equal as whole voxels allow: 240
+    voxels, patch 128, overlap 0.5 give 0, 56, 112 (the rule of nnU-Net, Isensee et al. 2021).
+
+    Args:
+        size: Voxels along the axis.
+        patch: Window length in voxels; an axis not longer than that has the one window 0.
+        overlap: Least share of a window that its neighbour covers too, in [0, 1).
+    """
+    if patch < 1 or not 0 <= overlap < 1:
+        raise UserError(f"sliding window: patch {patch} must be positive and overlap {overlap} in [0, 1)")
+    if size <= patch:
+        return [0]
+    step = max(1.0, patch * (1.0 - overlap))
+    count = math.ceil((size - patch) / step) + 1
+    return [round(index * (size - patch) / (count - 1)) for index in range(count)]
+
+
+def gaussian(patch: Sequence[int], sigma_scale: float = 0.125) -> np.ndarray:
+    """Weight of each voxel of a window, float32 `patch`: a Gaussian about its centre, at most 1 and never 0.
+
+    Standard deviation `sigma_scale` times the patch along each axis (1/8 as in nnU-Net). It is a product of one profile
+    an axis, and symmetric, so mirrored windows are weighted alike.
+    """
+    weight = np.ones(())
+    for size in patch:
+        weight = weight[..., None] * _profile(size, sigma_scale)
+    return weight.astype(np.float32)
+
+
+def _profile(size: int, sigma_scale: float) -> np.ndarray:
+    offset = np.arange(size) - (size - 1) / 2.0
+    profile = np.exp(-0.5 * (offset / (sigma_scale * size)) ** 2)
+    return np.maximum(profile / profile.max(), _FLOOR)
+
+
+class SlidingWindow:
+    """Applies a network to whole volumes, window by window, in one compiled program.
+
+    Windows overlap and are blended with Gaussian weights that are divided, ahead of time, by their sum over the windows
+    that cover a voxel: the weights of a voxel add up to 1, and what the loop accumulates is the result. Since both the
+    Gaussian and the grid of windows are products over the axes, so are the weights: three short tables, no volume of
+    weights. Blending is float32 whatever the network computes in.
+
+    Volumes are laid in a corner of a zero *canvas*, and the program is compiled for the canvas, not for the volume: the
+    number of windows is a run-time number and only real windows are computed. The canvas only ever grows, so a cohort
+    compiles once if `canvas` is given or its largest volume comes first.
+
+    Device memory, beside the network's: canvas voxels x (C x bytes of the input + K x 4) bytes.
+
+    Args:
+        apply_fn: `(variables, x [B, *patch, C]) -> logits [B, *patch, K]`, any float type.
+        patch: Window size in voxels.
+        channels_out: K.
+        overlap: Least overlap of neighbouring windows, see `positions`.
+        batch: Windows a call of the network, B.
+        mirror_axes: Test-time mirroring over these axes (0, 1, 2): the network sees a window under all combinations
+            of flips and the flipped-back outputs are averaged (2, 4 or 8 times the cost).
+        combine: What is averaged over windows and mirrors: 'logits' (as nnU-Net does; the result is logits) or
+            'probabilities' (the result is probabilities).
+        activation: For 'probabilities': from logits to probabilities, over the last axis.
+        canvas: Smallest canvas in voxels, say the largest size in the cohort.
+        bucket: Canvas sizes are multiples of this.
+        pad_value: What a volume smaller than the patch is padded with, evenly on both sides. 0 is right for
+            images normalised with zero for background, or to mean zero; else give the value of air.
+        sigma_scale: Of the Gaussian, see `gaussian`.
+
+    Attributes:
+        compiles: Programs compiled so far.
+    """
+
+    def __init__(
+        self,
+        apply_fn: Callable[[Any, jax.Array], jax.Array],
+        patch: Sequence[int],
+        channels_out: int,
+        *,
+        overlap: float = 0.5,
+        batch: int = 1,
+        mirror_axes: Sequence[int] = (),
+        combine: Literal["logits", "probabilities"] = "logits",
+        activation: Callable[[jax.Array], jax.Array] = jax.nn.softmax,
+        canvas: Sequence[int] | None = None,
+        bucket: int = 32,
+        pad_value: float = 0.0,
+        sigma_scale: float = 0.125,
+    ):
+        if len(patch) != 3 or min(patch) < 1 or batch < 1 or bucket < 1:
+            raise UserError(f"sliding window: patch {tuple(patch)}, batch {batch} and bucket {bucket} must be positive")
+        if not set(mirror_axes) <= {0, 1, 2}:
+            raise UserError(f"sliding window: mirror axes {tuple(mirror_axes)} are not among 0, 1, 2")
+        if combine not in ("logits", "probabilities"):
+            raise UserError(f"sliding window: combine {combine!r} is not 'logits' or 'probabilities'")
+        self.patch = tuple(int(size) for size in patch)
+        self.channels_out = channels_out
+        self.overlap = overlap
+        self.compiles = 0
+        self._apply_fn = apply_fn
+        self._batch = batch
+        self._combine = combine
+        self._activation = activation
+        self._bucket = bucket
+        self._pad_value = pad_value
+        self._profiles = [_profile(size, sigma_scale) for size in self.patch]
+        flips = itertools.product(*((False, True) if axis in set(mirror_axes) else (False,) for axis in range(3)))
+        self._flips = np.array(list(flips))
+        self._canvas = self._rounded(canvas or self.patch)
+        self._program = jax.jit(self._run, static_argnames="limits")
+
+    def __call__(self, variables: Any, volume: np.ndarray) -> np.ndarray:
+        """Result float32 `[X, Y, Z, K]` on the grid of `volume` `[X, Y, Z, C]`; a view of the canvas on CPU."""
+        volume = np.asarray(volume)
+        if volume.ndim != 4:
+            raise UserError(f"sliding window: expected a volume [X, Y, Z, C], not shape {volume.shape}")
+        size = volume.shape[:3]
+        padded = tuple(max(axis, patch) for axis, patch in zip(size, self.patch, strict=True))
+        self._canvas = tuple(map(max, self._canvas, self._rounded(padded)))
+        canvas = np.zeros((*self._canvas, volume.shape[3]), volume.dtype)
+        if padded != size:
+            canvas[tuple(slice(axis) for axis in padded)] = self._pad_value
+        inside = tuple(slice((p - s) // 2, (p - s) // 2 + s) for p, s in zip(padded, size, strict=True))
+        canvas[inside] = volume
+        starts, weights, counts = self._grid(padded)
+        result = self._program(variables, canvas, starts, weights, counts, limits=self._canvas)
+        return np.asarray(result).reshape(*self._canvas, self.channels_out)[inside]

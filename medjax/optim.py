@@ -1,0 +1,108 @@
+"""Optimizers and schedules from Optax; rules by regex that must cover every parameter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from medjax.errors import UserError
+
+
+def schedule(config: Mapping[str, Any], total: int, warmup: int) -> Callable[[Any], Any]:
+    """Learning rate as a function of the step: linear warm-up, then 'poly', 'cosine' or 'constant' to `total`.
+
+    Poly: lr · (1 - step / total) ^ power (Chen et al. 2018, as nnU-Net uses it).
+    """
+    lr, rest = config["lr"], max(1, total - warmup)
+    if warmup >= total > 0:
+        raise UserError(f"config: optim.warmup ({warmup} steps) must be shorter than train.total ({total} steps)")
+    kinds = {
+        "poly": lambda: optax.polynomial_schedule(lr, 0.0, config["power"], rest),
+        "cosine": lambda: optax.cosine_decay_schedule(lr, rest),
+        "constant": lambda: optax.constant_schedule(lr),
+    }
+    if config["schedule"] not in kinds:
+        raise UserError(f"config: optim.schedule '{config['schedule']}' is not known; known: {', '.join(kinds)}")
+    main = kinds[config["schedule"]]()
+    # The first step already learns: step 0 of a warm-up of w uses lr / w.
+    ramp = optax.linear_schedule(lr / max(1, warmup), lr, max(1, warmup - 1))
+    return optax.join_schedules([ramp, main], [warmup]) if warmup else main
+
+
+def build(
+    config: Mapping[str, Any], params: Any, total: int, warmup: int = 0
+) -> tuple[optax.GradientTransformation, Callable]:
+    """The optimizer of `config.optim` and its schedule.
+
+    Args:
+      params: tree of arrays or shapes; the rules are matched against its paths ('backbone/encoder0/.../kernel').
+      total, warmup: in steps.
+
+    Raises:
+      UserError: a parameter no rule covers, a rule that matches nothing, an unknown name.
+    """
+    lr = schedule(config, total, warmup)
+    if config["name"] == "sgd":
+        core = optax.trace(decay=config["momentum"], nesterov=True)
+    elif config["name"] == "adamw":
+        b1, b2 = config["betas"]
+        core = optax.scale_by_adam(b1=b1, b2=b2)
+    else:
+        raise UserError(f"config: optim.name '{config['name']}' is not known; known: adamw, sgd")
+    rates, decays = rule_factors(config["rules"], params)
+    decay = _per_parameter(lambda u, p, f: u + config["weight_decay"] * f * p, decays)
+    # SGD adds the decay to the gradient (L2), AdamW after the preconditioner (decoupled).
+    chain = [
+        _per_parameter(lambda u, p, f: u if f else jnp.zeros_like(u), rates)
+    ]  # frozen ones do not count in the norm
+    chain += [optax.clip_by_global_norm(config["clip"])] if config["clip"] else []
+    chain += [decay, core] if config["name"] == "sgd" else [core, decay]
+    chain += [_per_parameter(lambda u, p, f: u * f, rates), optax.scale_by_learning_rate(lr)]
+    return optax.chain(*chain), lr
+
+
+def rule_factors(rules: Any, params: Any) -> tuple[Any, Any]:
+    """Learning-rate and weight-decay factors, two trees like `params`: the first rule matching a whole path rules.
+
+    Raises UserError for a parameter no rule covers and for a rule that rules nothing (but a closing '.*').
+    """
+    used = set()
+
+    def find(path: Any, _: Any) -> tuple[float, float]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for pattern, factors in rules:
+            if re.fullmatch(pattern, name):
+                used.add(pattern)
+                if not set(factors) <= {"lr", "decay"}:
+                    raise UserError(f"config: optim.rules '{pattern}': keys are 'lr' and 'decay', not {dict(factors)}")
+                rate = float(factors.get("lr", 1.0))
+                return rate, float(factors.get("decay", 1.0)) if rate else 0.0
+        raise UserError(f"config: optim.rules cover no parameter '{name}'; end them with a rule for '.*'")
+
+    found = jax.tree_util.tree_map_with_path(find, params)
+    for pattern, _ in rules:
+        if pattern not in used and pattern != ".*":
+            raise UserError(f"config: optim.rules: '{pattern}' matches no parameter, or only those ruled before it")
+    outer = jax.tree.structure(params)
+    rates, decays = jax.tree.transpose(outer, jax.tree.structure((0, 0)), found)
+    return rates, decays
+
+
+def _per_parameter(function: Callable, factors: Any) -> optax.GradientTransformation:
+    """A stateless transformation `function(update, parameter, factor)`."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return jax.tree.map(function, updates, params, factors), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def ema(average: Any, params: Any, decay: float, step: Any) -> Any:
+    """Averaged weights after a step; the decay warms up as (1 + step) / (10 + step), as TensorFlow's average does."""
+    d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda a, p: d * a + (1.0 - d) * p, average, params)

@@ -1,0 +1,283 @@
+"""Pictures for people: segmentations over the image they were made from, and training curves.
+
+matplotlib is imported when the first picture is drawn and is used without pyplot: no global state, no display.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medjax.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colour-blind-safe set (jfly.uni-koeln.de/color) without black, strongest first on grey images.
+PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7", "#0072B2")
+
+# Plane: (axis cut, horizontal axis, mirrored?, vertical axis, letters at left, right, bottom, top). Radiological
+# convention: the reader faces the patient, so the patient's left is on the right of axial and coronal pictures.
+_PLANES = {
+    "axial": (2, 0, True, 1, "RLPA"),
+    "coronal": (1, 0, True, 2, "RLIS"),
+    "sagittal": (0, 1, True, 2, "APIS"),
+}
+# For white paper, where yellow is lost.
+_DARK = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_BACK = "#111111"
+_INK = "#e8e8e8"
+
+
+def overlay(
+    image: np.ndarray,
+    reference: np.ndarray | None,
+    prediction: np.ndarray,
+    *,
+    spacing: Sequence[float],
+    class_names: Mapping[int, str] | Sequence[str],
+    title: str,
+    path: str | os.PathLike[str],
+) -> None:
+    """Draws prediction (solid) and reference (dashed) contours over three planes of the image, as a PNG.
+
+    Each plane is cut where reference and prediction together hold most, every class counted as a share of its own
+    volume; where both are empty, through the middle. Axial and coronal planes follow the radiological convention, as the picture says.
+
+    Args:
+        image: float [X, Y, Z], axes towards the patient's right-to-left, back-to-front and foot-to-head (RAS+); grey
+            values are windowed between robust percentiles of the finite voxels that are not background.
+        reference: int [X, Y, Z] or None where there is none.
+        prediction: int [X, Y, Z].
+        spacing: mm along the three axes.
+        class_names: label value -> name, or the names of values 1, 2, ... in order. Values without a name are left
+            out; a name given for 0 is ignored.
+        title: written above the picture.
+        path: the PNG; parent folders are made. It is written beside and renamed.
+
+    Raises:
+        UserError: shapes differ or are not three-dimensional, or a spacing is not positive.
+    """
+    _check(image, reference, prediction, spacing)
+    names = dict(class_names) if isinstance(class_names, Mapping) else dict(enumerate(class_names, start=1))
+    names.pop(0, None)
+    colours = {value: PALETTE[k % len(PALETTE)] for k, value in enumerate(names)}
+
+    # A class counts by its share of itself, so that a small lesion is not outvoted by the organ around it.
+    weight = np.zeros(image.shape, np.float32)
+    for value in names:
+        for labels in (prediction, reference):
+            if labels is not None and (mask := labels == value).any():
+                weight += mask / np.float32(np.count_nonzero(mask))
+    low, high = _window(image)
+    extent = [n * s for n, s in zip(image.shape, spacing, strict=True)]
+
+    widths = [extent[horizontal] for _, horizontal, _, _, _ in _PLANES.values()]
+    height = max(extent[vertical] for _, _, _, vertical, _ in _PLANES.values())
+    # Panels share one scale; a very flat volume must still give a picture of sane proportions.
+    inches = float(np.clip(13 * height / sum(widths), 3.0, 7.0))
+    figure = _figure(13, inches + 1.5)
+    bottom, top = 0.95 / (inches + 1.5), 1 - 0.55 / (inches + 1.5)
+    left = 0.01
+    for (plane, layout), width in zip(_PLANES.items(), widths, strict=True):
+        share = 0.98 * width / sum(widths)
+        axes = figure.add_axes((left + 0.005, bottom, share - 0.01, top - bottom))
+        left += share
+        _panel(axes, plane, layout, image, reference, prediction, weight, spacing, (low, high), colours)
+    figure.text(0.012, 1 - 0.16 / (inches + 1.5), title, color=_INK, fontsize=12, va="top", weight="bold")
+    _legend(figure, names, colours, reference is not None)
+    _save(figure, path)
+
+
+def curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, title: str = "") -> None:
+    """Draws training curves as a PNG: losses in one panel, scores in [0, 1] (Dice, NSD, AUC...) in another.
+
+    Args:
+        rows: entries of a metric log, each with "step" and any metrics; keys with "loss" in their name are losses,
+            those with dice, nsd, iou, auc, accuracy, f1 or score are scores, all others (rates, times) are left out.
+            Rows may hold different keys and come in any order.
+        path: the PNG; parent folders are made. It is written beside and renamed.
+        title: written above.
+
+    Raises:
+        UserError: no row has a step and a finite loss or score.
+    """
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        step = row.get("step")
+        if step is None:
+            continue
+        for key, value in row.items():
+            if key != "step" and isinstance(value, (int, float, np.number)) and not isinstance(value, bool):
+                series.setdefault(key, []).append((float(step), float(value)))
+    groups: dict[str, list[str]] = {}
+    for key in sorted(series):
+        kind = _kind(key)
+        if kind and any(math.isfinite(value) for _, value in series[key]):
+            groups.setdefault(kind, []).append(key)
+    if not groups:
+        raise UserError(f"{path}: no training curve to draw: no row has a 'step' and a finite loss or score")
+
+    figure = _figure(6.4 * len(groups), 4.4, face="white")
+    for k, (kind, keys) in enumerate(sorted(groups.items())):
+        axes = figure.add_subplot(1, len(groups), k + 1)
+        for i, key in enumerate(keys):
+            steps, values = zip(*sorted(series[key]), strict=True)
+            colour, style = _DARK[i % len(_DARK)], ("-", "--", ":")[i // len(_DARK) % 3]
+            marker = "o" if len(steps) < 40 else None
+            axes.plot(steps, values, style, color=colour, label=key, linewidth=1.4, marker=marker, markersize=3)
+        axes.set_xlabel("step")
+        axes.set_ylabel(kind)
+        if kind == "score":
+            axes.set_ylim(0, 1)
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8, framealpha=0.85)
+    if title:
+        figure.suptitle(title, fontsize=12)
+    figure.set_layout_engine("tight")
+    _save(figure, path)
+
+
+# ---- parts
+
+
+def _check(image: np.ndarray, reference: np.ndarray | None, prediction: np.ndarray, spacing: Sequence[float]) -> None:
+    if image.ndim != 3 or not image.size:
+        raise UserError(f"overlay: the image has shape {image.shape}; give one non-empty channel [X, Y, Z]")
+    for name, labels in (("reference", reference), ("prediction", prediction)):
+        if labels is not None and labels.shape != image.shape:
+            raise UserError(f"overlay: the {name} has shape {labels.shape}, the image {image.shape}; give one grid")
+    if len(spacing) != 3 or not all(math.isfinite(s) and s > 0 for s in spacing):
+        raise UserError(f"overlay: spacing is {tuple(spacing)}; give three positive numbers in mm")
+
+
+def _window(image: np.ndarray) -> tuple[float, float]:
+    """Grey window: 1st to 99.5th percentile of the finite voxels, without the commonest extreme (air, padding)."""
+    values = image[np.isfinite(image)]
+    if not values.size:
+        return 0.0, 1.0
+    floor = values.min()
+    if (values == floor).mean() > 0.05 and (values > floor).any():
+        values = values[values > floor]
+    low, high = np.percentile(values, (1, 99.5))
+    return (float(low), float(high)) if high > low else (float(low) - 0.5, float(low) + 0.5)
+
+
+def _panel(
+    axes: Axes,
+    plane: str,
+    layout: tuple[int, int, bool, int, str],
+    image: np.ndarray,
+    reference: np.ndarray | None,
+    prediction: np.ndarray,
+    weight: np.ndarray,
+    spacing: Sequence[float],
+    window: tuple[float, float],
+    colours: Mapping[int, str],
+) -> None:
+    cut, horizontal, mirrored, vertical, letters = layout
+    counts = weight.sum(axis=(horizontal, vertical))
+    index = int(counts.argmax()) if counts.any() else image.shape[cut] // 2
+
+    def slab(array: np.ndarray) -> np.ndarray:
+        picture = np.moveaxis(array, (vertical, horizontal, cut), (0, 1, 2))[..., index]
+        return picture[:, ::-1] if mirrored else picture
+
+    grey = np.nan_to_num(slab(image).astype(np.float32), nan=window[0], posinf=window[1], neginf=window[0])
+    height, width = grey.shape
+    x_size, y_size = spacing[horizontal], spacing[vertical]
+    box = (0.0, width * x_size, 0.0, height * y_size)
+    axes.imshow(grey, cmap="gray", vmin=window[0], vmax=window[1], origin="lower", extent=box, interpolation="nearest")
+    for labels, dashed in ((prediction, False), (reference, True)):
+        if labels is not None:
+            flat = slab(labels)
+            for value, colour in colours.items():
+                _outline(axes, flat == value, (x_size, y_size), colour, dashed)
+    axes.set_xlim(*box[:2])
+    axes.set_ylim(*box[2:])
+    axes.set_aspect("equal")
+    axes.set_facecolor("black")
+    axes.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
+    where: dict[str, Any] = {"ha": "center", "va": "center", "transform": axes.transAxes, "color": _INK, "fontsize": 11}
+    for letter, (x, y) in zip(letters, ((0.035, 0.5), (0.965, 0.5), (0.5, 0.035), (0.5, 0.965)), strict=True):
+        axes.text(x, y, letter, weight="bold", bbox={"facecolor": "black", "alpha": 0.45, "pad": 1.5, "lw": 0}, **where)
+    axes.set_xlabel(f"{plane}, slice {index + 1} of {image.shape[cut]}", color=_INK, fontsize=9)
+
+
+def _outline(axes: Axes, mask: np.ndarray, size: tuple[float, float], colour: str, dashed: bool) -> None:
+    """Contour of a mask [rows, columns] whose pixels measure `size` (x, y) mm."""
+    if not mask.any():
+        return
+    # A rim of background closes contours at the border and lets single rows or columns have one.
+    padded = np.pad(mask, 1).astype(np.float32)
+    x, y = ((np.arange(n) - 0.5) * step for n, step in zip(padded.shape[::-1], size, strict=True))
+    if dashed:
+        axes.contour(x, y, padded, levels=[0.5], colors=_pale(colour), linewidths=1.0, linestyles=[(0, (2.2, 1.8))])
+    else:
+        axes.contour(x, y, padded, levels=[0.5], colors=colour, linewidths=1.5, linestyles="solid")
+
+
+def _pale(colour: str) -> str:
+    """The colour mixed with white, so that a reference drawn over an equal prediction still shows."""
+    return "#" + "".join(f"{(int(colour[k : k + 2], 16) + 2 * 255) // 3:02X}" for k in (1, 3, 5))
+
+
+def _legend(figure: Figure, names: Mapping[int, str], colours: Mapping[int, str], with_reference: bool) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=colours[value], linewidth=3, label=name) for value, name in names.items()]
+    handles.append(Line2D([], [], color=_INK, linewidth=1.5, label="prediction"))
+    if with_reference:
+        handles.append(Line2D([], [], color=_INK, linewidth=1.2, linestyle=(0, (2.2, 1.8)), label="reference"))
+    columns = min(len(handles), 9)
+    figure.legend(
+        handles=handles, loc="lower center", ncol=columns, frameon=False, labelcolor=_INK, fontsize=9, handlelength=1.8
+    )
+    convention = "radiological convention: patient's left is on the right of axial and coronal views"
+    figure.text(0.988, 0.985, convention, color=_INK, fontsize=8.5, ha="right", va="top")
+
+
+def _kind(key: str) -> str | None:
+    """Panel of a metric; None for rates, times and counts."""
+    name = key.lower()
+    if "loss" in name:
+        return "loss"
+    return "score" if any(word in name for word in ("dice", "nsd", "iou", "auc", "accuracy", "score", "f1")) else None
+
+
+def _figure(width: float, height: float, face: str = _BACK) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=100, facecolor=face)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Writes a PNG beside `path` and renames it."""
+    target = Path(path)
+    if target.suffix.lower() != ".png":
+        raise UserError(f"{target}: pictures are written as PNG; give a name that ends in .png")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=".png", dir=target.parent)
+    except OSError as error:
+        raise UserError(f"{target}: cannot write the picture ({error.strerror}); choose a writable folder") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            figure.savefig(file, format="png")
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
