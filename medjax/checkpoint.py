@@ -34,6 +34,7 @@ class Checkpoints:
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=keep, create=not read_only, read_only=read_only, enable_async_checkpointing=True
                 ),
+                item_handlers={"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
             )
             for kind, keep in (("latest", 2), ("best", 1))
             if not read_only or (self._folder / kind).is_dir()
@@ -42,7 +43,7 @@ class Checkpoints:
     def save(self, kind: str, step: int, state: Any, meta: Mapping[str, Any]) -> None:
         """Starts to write a checkpoint ('latest' or 'best'); returns when the arrays are copied, not when written."""
         ocp, manager = self._ocp, self._managers[kind]
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta)))
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(dict(meta)))
         try:
             # After a kill between two saves the same step may come again: it replaces what is there.
             if step in manager.all_steps():
@@ -74,15 +75,34 @@ class Checkpoints:
         ocp = self._ocp
         return self._managers[kind].restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
+    def restore_parameters(self, kind: str, step: int, like: Any) -> Any:
+        """Only the parameters to evaluate: the averaged ones where the run kept an average."""
+        stored = self._stored(kind, step)
+        part = "average" if stored.get("average") else "params"
+        self._check(kind, step, stored.get(part), like)
+        return self._read(kind, step, {part: like})[part]
+
     def restore(self, kind: str, step: int, like: Any) -> Any:
         """The state, in the shapes, types and shardings of `like` (a tree of jax.ShapeDtypeStruct).
 
         Raises UserError naming the parameters that differ when the checkpoint is of another architecture.
         """
-        ocp, manager = self._ocp, self._managers[kind]
-        found = manager.item_metadata(step).state
-        found = getattr(found, "tree", found)
-        lines = mismatch(found, like)
+        self._check(kind, step, self._stored(kind, step), like)
+        return self._read(kind, step, like)
+
+    def _read(self, kind: str, step: int, like: Any) -> Any:
+        ocp = self._ocp
+        restore = ocp.checkpoint_utils.construct_restore_args(like)
+        args = ocp.args.PyTreeRestore(like, restore_args=restore, partial_restore=True)
+        return self._managers[kind].restore(step, args=ocp.args.Composite(state=args)).state
+
+    def _stored(self, kind: str, step: int) -> Any:
+        """Shapes and types of the arrays of a checkpoint."""
+        found = self._managers[kind].item_metadata(step).state
+        return getattr(found, "tree", found)
+
+    def _check(self, kind: str, step: int, stored: Any, like: Any) -> None:
+        lines = mismatch(stored, like)
         if lines:
             more = f"\n  ... and {len(lines) - 12} more" if len(lines) > 12 else ""
             raise UserError(
@@ -91,7 +111,6 @@ class Checkpoints:
                 + more
                 + "\nUse the configuration it was trained with, or another --workdir."
             )
-        return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
 
 
 def mismatch(found: Any, wanted: Any) -> list[str]:

@@ -40,11 +40,19 @@ def defaults() -> ConfigDict:
     c.data.images = ConfigDict()  # manifest: modality -> column
     c.data.targets = ConfigDict()  # manifest: task -> column
     c.data.labels = ConfigDict()  # manifest: label name -> value in the mask
-    c.data.id_column = "id"
-    c.data.group_column = ""  # patient; a split never cuts through one
+    c.data.id = "id"  # manifest: column of the case's name
+    c.data.group = ""  # patient, which no split cuts through: a manifest's column, or a regex for a folder's case ids
     c.data.split = ConfigDict({"file": "", "column": "", "folds": 0, "fold": 0, "test": 0.0})
-    c.data.preprocess = ConfigDict({"orientation": "RAS", "spacing": None, "crop": None, "normalize": "zscore"})
-    c.data.nonfinite = "error"  # or 'zero': replace NaN and Inf by 0, and say how many
+    c.data.preprocess = ConfigDict(
+        {
+            "orientation": "RAS",
+            "spacing": None,  # mm along (x, y, z), 'median' of the training cases, or None: each file's own
+            "crop": None,  # or 'nonzero'
+            "normalize": "zscore",  # or a table by modality: zscore, zscore_nonzero, ct, percentile, none
+            "nonfinite": "error",  # or 'zero': read NaN and Inf as 0, and say how many
+            "missing": "error",  # or 'zero': let a case lack modalities
+        }
+    )
     c.data.workers = 0  # threads that read and prepare; 0: one a usable CPU
     c.data.foreground = 0.5  # share of examples whose patch is centred on labelled tissue
     c.data.patch = (64, 64, 64)
@@ -245,17 +253,29 @@ def _assign(config: ConfigDict, path: str, text: str) -> None:
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(old, tuple):
-        value = tuple(value) if isinstance(value, list | tuple) else (value,)
+        value = (value,) if isinstance(value, int | float) else value
+    if isinstance(value, list):
+        value = tuple(value)
     if isinstance(old, ConfigDict) and isinstance(value, Mapping):
         value = ConfigDict(value)
-    # A key without a value yet (None), or one that takes a name as well as a table, may change its type.
-    free = old is None or (isinstance(old, ConfigDict) and isinstance(value, str)) or value is None
+    # What may be absent, or takes a name as well as a table, may change its type.
+    free = old is None or _is_optional(path) or (isinstance(old, ConfigDict) and isinstance(value, str))
     if not free and type(value) is not type(old):
         raise UserError(
             f"config: --config.{path}={text}: needs {type(old).__name__}, e.g. --config.{path}={_show(old)}"
         )
     with node.ignore_type():
         node[last] = value
+
+
+def _is_optional(path: str) -> bool:
+    """Whether the default of `path` is None."""
+    node: Any = defaults()
+    for name in path.split("."):
+        if not isinstance(node, ConfigDict) or name not in node:
+            return False
+        node = node[name]
+    return node is None
 
 
 def _show(value: Any) -> str:
@@ -275,15 +295,15 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(plain(config), indent=2)
 
 
-def from_json(text: str) -> ConfigDict:
-    """Inverse of `to_json`; lists come back as tuples, which is what every list in a config is."""
+def from_json(text: str | Mapping) -> ConfigDict:
+    """Inverse of `to_json`, from the text or what it parses to; lists come back as tuples, which is what every list in a config is."""
 
     def tuples(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: tuples(v) for k, v in value.items()}
         return tuple(tuples(v) for v in value) if isinstance(value, list) else value
 
-    return ConfigDict(tuples(json.loads(text)))
+    return ConfigDict(tuples(json.loads(text) if isinstance(text, str) else text))
 
 
 def difference(old: Mapping, new: Mapping, where: str = "") -> list[str]:

@@ -6,8 +6,11 @@ code 2. The message names the file or key, says what is wrong and what to do.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
+from collections.abc import Callable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -25,3 +28,26 @@ def warn_once(message: str) -> None:
             return
         _said.add(message)
     print(f"medjax: note: {message}", file=sys.stderr, flush=True)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes a text file beside its place and renames it; a failure leaves what was there and raises UserError."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_text(text)
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot write: {error.strerror}; free some room or choose another folder") from error
+
+
+def run_program(function: Callable[[], None]) -> None:
+    """Calls a command-line program: a UserError ends it with one message and exit code 2, without a stack trace."""
+    try:
+        function()
+    except UserError as error:
+        print(f"\nmedjax: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\nmedjax: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from medjax.errors import UserError, warn_once
+from medjax.errors import UserError, warn_once, write_atomic
 
 
 class Metrics:
@@ -66,13 +66,12 @@ def _truncate(path: Path, step: int) -> None:
     if not path.exists():
         return
     rows = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(line + "\n" for line in rows))
-    os.replace(beside, path)
+    write_atomic(path, "".join(line + "\n" for line in rows))
 
 
 def _clu_writer(folder: Path) -> Any:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         from clu import metric_writers
     except ImportError:
@@ -86,7 +85,7 @@ def _wandb_run(folder: Path, config: Mapping[str, Any] | None) -> Any:
     if not options.get("project"):
         return None
     try:
-        import wandb  # type: ignore[import-not-found]
+        import wandb
     except ImportError:
         raise UserError("config: wandb.project is set, but wandb is not installed: pip install wandb") from None
     return wandb.init(project=options["project"], entity=options["entity"] or None, dir=str(folder), resume="allow")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from medjax import runtime
-from medjax.errors import UserError
+from medjax.errors import UserError, run_program
 
 EPILOG = """Any key of the configuration is set with --config.KEY=VALUE, for example
   python -m medjax.main --config=configs/brain_seg.py --config.optim.lr=0.02 --config.train.total='20 epochs'
@@ -55,18 +54,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     evaluate.evaluate(workdir, config)
 
 
-def run(function: object) -> None:
-    """Calls a command-line program: a UserError ends it with one message and exit code 2, no stack trace."""
-    try:
-        function()  # type: ignore[operator]
-    except UserError as error:
-        print(f"\nmedjax: error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("\nmedjax: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
 if __name__ == "__main__":
     runtime.ensure_tuned_allocator()
-    run(main)
+    run_program(main)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from medjax.errors import UserError
 
@@ -24,7 +24,8 @@ def make_mesh(shape: Mapping[str, int]) -> Mesh:
             sizes[name] = n // known
     if int(np.prod(list(sizes.values()))) != n:
         raise UserError(f"config: mesh {dict(shape)} does not fit {n} device(s)")
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes))
+    # Auto: the compiler spreads what the batch's sharding implies; nothing here is annotated per operation.
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

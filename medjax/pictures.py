@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -19,21 +19,34 @@ from medjax.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 # Okabe and Ito's colour-blind-safe set (jfly.uni-koeln.de/color) without black, strongest first on grey images.
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7", "#0072B2")
 
-# Plane: (axis cut, horizontal axis, mirrored?, vertical axis, letters at left, right, bottom, top). Radiological
-# convention: the reader faces the patient, so the patient's left is on the right of axial and coronal pictures.
-_PLANES = {
-    "axial": (2, 0, True, 1, "RLPA"),
-    "coronal": (1, 0, True, 2, "RLIS"),
-    "sagittal": (0, 1, True, 2, "APIS"),
-}
+
+class _Plane(NamedTuple):
+    name: str
+    cut: int  # axis across the picture's plane
+    across: int  # axis shown from right to left: every plane runs from high (R, A) index at the left edge to low
+    up: int  # axis shown upwards
+    letters: str  # at the left, right, bottom and top edge
+
+
+# Radiological convention: the reader faces the patient, whose left is on the right of axial and coronal pictures.
+_PLANES = (
+    _Plane("axial", 2, 0, 1, "RLPA"),
+    _Plane("coronal", 1, 0, 2, "RLIS"),
+    _Plane("sagittal", 0, 1, 2, "APIS"),
+)
+_CONVENTION = "radiological convention: the patient's left is on the right of axial and coronal views"
 # For white paper, where yellow is lost.
 _DARK = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _BACK = "#111111"
 _INK = "#e8e8e8"
+_DASHES = (0, (2.2, 1.8))
+_WIDTH = 13.0  # inches
+_LEGEND_COLUMNS = 9
 
 
 def overlay(
@@ -49,7 +62,8 @@ def overlay(
     """Draws prediction (solid) and reference (dashed) contours over three planes of the image, as a PNG.
 
     Each plane is cut where reference and prediction together hold most, every class counted as a share of its own
-    volume; where both are empty, through the middle. Axial and coronal planes follow the radiological convention, as the picture says.
+    volume; where both are empty, through the middle. Axial and coronal planes follow the
+    radiological convention, as the picture says.
 
     Args:
         image: float [X, Y, Z], axes towards the patient's right-to-left, back-to-front and foot-to-head (RAS+); grey
@@ -76,23 +90,22 @@ def overlay(
         for labels in (prediction, reference):
             if labels is not None and (mask := labels == value).any():
                 weight += mask / np.float32(np.count_nonzero(mask))
-    low, high = _window(image)
-    extent = [n * s for n, s in zip(image.shape, spacing, strict=True)]
-
-    widths = [extent[horizontal] for _, horizontal, _, _, _ in _PLANES.values()]
-    height = max(extent[vertical] for _, _, _, vertical, _ in _PLANES.values())
-    # Panels share one scale; a very flat volume must still give a picture of sane proportions.
-    inches = float(np.clip(13 * height / sum(widths), 3.0, 7.0))
-    figure = _figure(13, inches + 1.5)
-    bottom, top = 0.95 / (inches + 1.5), 1 - 0.55 / (inches + 1.5)
-    left = 0.01
-    for (plane, layout), width in zip(_PLANES.items(), widths, strict=True):
-        share = 0.98 * width / sum(widths)
-        axes = figure.add_axes((left + 0.005, bottom, share - 0.01, top - bottom))
-        left += share
-        _panel(axes, plane, layout, image, reference, prediction, weight, spacing, (low, high), colours)
-    figure.text(0.012, 1 - 0.16 / (inches + 1.5), title, color=_INK, fontsize=12, va="top", weight="bold")
-    _legend(figure, names, colours, reference is not None)
+    widths = np.array([image.shape[plane.across] * spacing[plane.across] for plane in _PLANES])
+    tallest = max(image.shape[plane.up] * spacing[plane.up] for plane in _PLANES)
+    panel = float(np.clip(_WIDTH * tallest / widths.sum(), 2.5, 7.0))  # inches; bounded for very flat volumes
+    shares = np.maximum(widths / widths.sum(), 0.12)
+    shares /= shares.sum()
+    handles = _legend_handles(names, colours, reference is not None)
+    header, footer = 0.45, 0.5 + 0.22 * math.ceil(len(handles) / _LEGEND_COLUMNS)
+    total = header + panel + footer
+    figure = _figure(_WIDTH, total)
+    for plane, left, share in zip(_PLANES, np.cumsum(shares) - shares, shares, strict=True):
+        axes = figure.add_axes((left + 0.005, footer / total, share - 0.01, panel / total))
+        _panel(axes, plane, image, reference, prediction, weight, spacing, colours)
+    figure.text(0.008, 1 - 0.12 / total, title, color=_INK, fontsize=12, va="top", weight="bold")
+    figure.text(0.992, 1 - 0.14 / total, _CONVENTION, color=_INK, fontsize=8.5, ha="right", va="top")
+    style = {"frameon": False, "labelcolor": _INK, "fontsize": 9, "handlelength": 1.8}
+    figure.legend(handles=handles, loc="lower center", ncol=min(len(handles), _LEGEND_COLUMNS), **style)
     _save(figure, path)
 
 
@@ -172,43 +185,41 @@ def _window(image: np.ndarray) -> tuple[float, float]:
 
 def _panel(
     axes: Axes,
-    plane: str,
-    layout: tuple[int, int, bool, int, str],
+    plane: _Plane,
     image: np.ndarray,
     reference: np.ndarray | None,
     prediction: np.ndarray,
     weight: np.ndarray,
     spacing: Sequence[float],
-    window: tuple[float, float],
     colours: Mapping[int, str],
 ) -> None:
-    cut, horizontal, mirrored, vertical, letters = layout
-    counts = weight.sum(axis=(horizontal, vertical))
-    index = int(counts.argmax()) if counts.any() else image.shape[cut] // 2
+    counts = weight.sum(axis=(plane.across, plane.up))
+    index = int(counts.argmax()) if counts.any() else image.shape[plane.cut] // 2
 
     def slab(array: np.ndarray) -> np.ndarray:
-        picture = np.moveaxis(array, (vertical, horizontal, cut), (0, 1, 2))[..., index]
-        return picture[:, ::-1] if mirrored else picture
+        return np.moveaxis(array, (plane.up, plane.across, plane.cut), (0, 1, 2))[:, ::-1, index]
 
-    grey = np.nan_to_num(slab(image).astype(np.float32), nan=window[0], posinf=window[1], neginf=window[0])
-    height, width = grey.shape
-    x_size, y_size = spacing[horizontal], spacing[vertical]
-    box = (0.0, width * x_size, 0.0, height * y_size)
-    axes.imshow(grey, cmap="gray", vmin=window[0], vmax=window[1], origin="lower", extent=box, interpolation="nearest")
+    low, high = _window(image)
+    grey = np.nan_to_num(slab(image).astype(np.float32), nan=low, posinf=high, neginf=low)
+    x_size, y_size = spacing[plane.across], spacing[plane.up]
+    box = (0.0, grey.shape[1] * x_size, 0.0, grey.shape[0] * y_size)
+    axes.imshow(grey, cmap="gray", vmin=low, vmax=high, origin="lower", extent=box, interpolation="nearest")
     for labels, dashed in ((prediction, False), (reference, True)):
         if labels is not None:
             flat = slab(labels)
-            for value, colour in colours.items():
-                _outline(axes, flat == value, (x_size, y_size), colour, dashed)
+            masks = {value: flat == value for value in colours}
+            # Small on top: a core's contour would vanish under the inner one of its rim.
+            for value in sorted(masks, key=lambda value: -np.count_nonzero(masks[value])):
+                _outline(axes, masks[value], (x_size, y_size), colours[value], dashed)
     axes.set_xlim(*box[:2])
     axes.set_ylim(*box[2:])
     axes.set_aspect("equal")
     axes.set_facecolor("black")
     axes.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
     where: dict[str, Any] = {"ha": "center", "va": "center", "transform": axes.transAxes, "color": _INK, "fontsize": 11}
-    for letter, (x, y) in zip(letters, ((0.035, 0.5), (0.965, 0.5), (0.5, 0.035), (0.5, 0.965)), strict=True):
+    for letter, (x, y) in zip(plane.letters, ((0.035, 0.5), (0.965, 0.5), (0.5, 0.035), (0.5, 0.965)), strict=True):
         axes.text(x, y, letter, weight="bold", bbox={"facecolor": "black", "alpha": 0.45, "pad": 1.5, "lw": 0}, **where)
-    axes.set_xlabel(f"{plane}, slice {index + 1} of {image.shape[cut]}", color=_INK, fontsize=9)
+    axes.set_xlabel(f"{plane.name}, slice {index + 1} of {image.shape[plane.cut]}", color=_INK, fontsize=9)
 
 
 def _outline(axes: Axes, mask: np.ndarray, size: tuple[float, float], colour: str, dashed: bool) -> None:
@@ -219,7 +230,7 @@ def _outline(axes: Axes, mask: np.ndarray, size: tuple[float, float], colour: st
     padded = np.pad(mask, 1).astype(np.float32)
     x, y = ((np.arange(n) - 0.5) * step for n, step in zip(padded.shape[::-1], size, strict=True))
     if dashed:
-        axes.contour(x, y, padded, levels=[0.5], colors=_pale(colour), linewidths=1.0, linestyles=[(0, (2.2, 1.8))])
+        axes.contour(x, y, padded, levels=[0.5], colors=_pale(colour), linewidths=1.0, linestyles=[_DASHES])
     else:
         axes.contour(x, y, padded, levels=[0.5], colors=colour, linewidths=1.5, linestyles="solid")
 
@@ -229,19 +240,14 @@ def _pale(colour: str) -> str:
     return "#" + "".join(f"{(int(colour[k : k + 2], 16) + 2 * 255) // 3:02X}" for k in (1, 3, 5))
 
 
-def _legend(figure: Figure, names: Mapping[int, str], colours: Mapping[int, str], with_reference: bool) -> None:
+def _legend_handles(names: Mapping[int, str], colours: Mapping[int, str], with_reference: bool) -> list[Line2D]:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=colours[value], linewidth=3, label=name) for value, name in names.items()]
     handles.append(Line2D([], [], color=_INK, linewidth=1.5, label="prediction"))
     if with_reference:
-        handles.append(Line2D([], [], color=_INK, linewidth=1.2, linestyle=(0, (2.2, 1.8)), label="reference"))
-    columns = min(len(handles), 9)
-    figure.legend(
-        handles=handles, loc="lower center", ncol=columns, frameon=False, labelcolor=_INK, fontsize=9, handlelength=1.8
-    )
-    convention = "radiological convention: patient's left is on the right of axial and coronal views"
-    figure.text(0.988, 0.985, convention, color=_INK, fontsize=8.5, ha="right", va="top")
+        handles.append(Line2D([], [], color=_INK, linewidth=1.2, linestyle=_DASHES, label="reference"))
+    return handles
 
 
 def _kind(key: str) -> str | None:

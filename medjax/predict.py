@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medjax import runtime
-from medjax.errors import UserError
+from medjax.errors import UserError, run_program
 
 
 class Predictor:
@@ -32,7 +32,7 @@ class Predictor:
     ) -> None:
         from medjax.ops.windows import SlidingWindow
 
-        self._job = job
+        self.tasks = job
 
         def apply(params: Any, x: jax.Array) -> jax.Array:
             outputs = model.apply({"params": params}, x, train=False)
@@ -50,9 +50,9 @@ class Predictor:
         self._split = jax.jit(self._probabilities)
 
     def _probabilities(self, logits: jax.Array) -> dict[str, jax.Array]:
-        ends = np.cumsum([task.outputs for task in self._job.values()])
+        ends = np.cumsum([task.outputs for task in self.tasks.values()])
         parts = jnp.split(logits, ends[:-1], axis=-1)
-        return {name: task.probabilities(p) for (name, task), p in zip(self._job.items(), parts, strict=True)}
+        return {name: task.probabilities(p) for (name, task), p in zip(self.tasks.items(), parts, strict=True)}
 
     def __call__(self, params: Any, image: np.ndarray) -> dict[str, np.ndarray]:
         """Prepared image [X, Y, Z, C] -> task -> probabilities float32 [X, Y, Z, K]."""
@@ -68,7 +68,7 @@ class Run:
     """
 
     def __init__(self, folder: Path, *, kind: str = "best", eval_options: Mapping[str, Any] | None = None) -> None:
-        from medjax import checkpoint, models, tasks
+        from medjax import checkpoint, tasks
         from medjax import config as config_lib
         from medjax.data import preprocess
         from medjax.models.model import build_model
@@ -90,13 +90,19 @@ class Run:
         shapes = jax.eval_shape(lambda: self.model.init(jax.random.key(0), jnp.zeros(patch), train=True)["params"])
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
-        self.params = checkpoints.restore_part(kind, self.step, "eval_params", like)
+        self.params = checkpoints.restore_parameters(kind, self.step, like)
         checkpoints.close()
-        del models
 
     def predictor(self, shapes: Sequence[Sequence[int]] = ()) -> Predictor:
         """A `Predictor` of this run's network."""
         return Predictor(self.config, self.model, self.tasks, shapes)
+
+
+def read_case(case: Any, plan: Any) -> tuple[Any, Any]:
+    """A case prepared for the network, and a `Volume` of its grid and header to write predictions like."""
+    from medjax.data import nifti, preprocess
+
+    return preprocess.prepare_case(case, plan), nifti.read(next(iter(case.images.values())))
 
 
 def write(task: Any, decoded: np.ndarray, like: Any, path: Path) -> None:
@@ -109,9 +115,9 @@ def write(task: Any, decoded: np.ndarray, like: Any, path: Path) -> None:
 def find_inputs(path: Path, modalities: Sequence[str]) -> dict[str, dict[str, Path]]:
     """Groups files into cases: id -> modality -> file.
 
-    A single file is a case of one modality, or of all of them as the channels of a 4-D image. In a folder, files that end in
-    `_0000`, `_0001`... (the order of the run's modalities) or in `_<modality>` are joined by what comes before; with
-    none of those, each file is a case.
+    A single file is a case of one modality, or of all of them as the channels of a 4-D image. In a folder, files that
+    end in `_0000`, `_0001`... (the order of the run's modalities) or in `_<modality>` are joined by what comes
+    before; with none of those, each file is a case.
     """
     if path.is_file():
         return {stem(path): dict.fromkeys(modalities, path)}
@@ -135,8 +141,8 @@ def find_inputs(path: Path, modalities: Sequence[str]) -> dict[str, dict[str, Pa
         missing = [m for m in modalities if m not in images]
         if missing:
             raise UserError(
-                f"{path}: case '{case}' lacks {', '.join(missing)}; this run needs {', '.join(modalities)}, as channels "
-                f"of one 4-D file or as files {case}_{modalities[0]}.nii.gz ... (or {case}_0000.nii.gz ...)"
+                f"{path}: case '{case}' lacks {', '.join(missing)}; this run needs {', '.join(modalities)}, as "
+                f"channels of one 4-D file or as files {case}_{modalities[0]}.nii.gz ... (or {case}_0000.nii.gz ...)"
             )
     return cases
 
@@ -162,11 +168,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Predicts every case of --input; a case that cannot be read stops the run and names the file."""
     args = parser().parse_args(argv)
     from medjax.data import cohort as cohorts
-    from medjax.data import preprocess
     from medjax.logging import Progress, say
 
-    options = {k: v for k, v in (("overlap", args.overlap), ("mirror", args.mirror)) if v is not None}
-    run = Run(args.run, kind=args.checkpoint, eval_options={k: tuple(v) if k == "mirror" else v for k, v in options.items()})
+    given = {"overlap": args.overlap, "mirror": None if args.mirror is None else tuple(args.mirror)}
+    given = {k: v for k, v in given.items() if v is not None}
+    run = Run(args.run, kind=args.checkpoint, eval_options=given)
     cases = find_inputs(args.input, run.plan.modalities)
     try:
         args.output.mkdir(parents=True, exist_ok=True)
@@ -176,20 +182,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     progress = Progress("case", len(cases))
     for number, (name, images) in enumerate(cases.items(), 1):
         case = cohorts.Case(name, name, images, {}, {})
-        prepared = preprocess.prepare_case(case, run.plan)
-        source = cohorts.load_images(case, run.plan.modalities)
+        prepared, like = read_case(case, run.plan)
         probabilities = predictor(run.params, prepared.image)
         for task_name, task in run.tasks.items():
             suffix = "" if len(run.tasks) == 1 else f"_{task_name}"
             decoded = task.decode(probabilities[task_name], prepared.geometry)
-            write(task, decoded, source, args.output / f"{name}{suffix}.nii.gz")
+            write(task, decoded, like, args.output / f"{name}{suffix}.nii.gz")
         progress.update(number, name)
     progress.close()
     say(f"{len(cases)} case(s) written to {args.output} (step {run.step}, {run.kind} checkpoint of {args.run})")
 
 
 if __name__ == "__main__":
-    from medjax.main import run as run_program
-
     runtime.ensure_tuned_allocator()
     run_program(main)

@@ -11,6 +11,9 @@ from typing import Any
 import jax
 from jax.extend import core
 
+# `medjax.ops.conv3d` primitives: which of (operand 0, operand 1, result) are the convolution's output and its filter.
+NATIVE = {"medjax_conv": (2, 1), "medjax_input_grad": (0, 1), "medjax_filter_grad": (1, 2)}
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -67,6 +70,10 @@ def _equation(eqn: Any) -> int:
         per_output = rhs.size // rhs.shape[spec.rhs_spec[0]]
         # Zeros put between the input's voxels (the gradient of a stride) cost nothing that counts.
         return 2 * out.size * per_output // math.prod(eqn.params["lhs_dilation"]) if lhs.size else 0
+    if name in NATIVE:
+        shapes = [v.aval.shape for v in (*eqn.invars[:2], *eqn.outvars)]
+        image, kernel = (shapes[i] for i in NATIVE[name])
+        return 2 * math.prod(image) * math.prod(kernel[:4])
     if name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
         lhs, out = eqn.invars[0].aval, eqn.outvars[0].aval

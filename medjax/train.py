@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,18 +17,14 @@ from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
 from medjax import config as config_lib
-from medjax import evaluate, models, optim, parallel, report, runtime, tasks
+from medjax import evaluate, optim, parallel, report, runtime, tasks
 from medjax.augment import policy
 from medjax.checkpoint import Checkpoints
-from medjax.data import cohort as cohorts
 from medjax.data import dataset, pipeline, preprocess, sampler
-from medjax.errors import UserError
+from medjax.errors import UserError, write_atomic
 from medjax.logging import Metrics, Progress, duration, say
-from medjax.models.model import Model
-from medjax.models.unet import parameter_count
+from medjax.models.model import Model, build_model, parameter_count
 from medjax.ops import native
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @flax.struct.dataclass
@@ -54,10 +49,12 @@ def train(config: ConfigDict, workdir: Path) -> None:
     parallel.check_batch(config.data.batch_size, config.optim.accumulate, mesh)
 
     # Data: cohort, splits, plan, prepared cases.
-    cohort = dataset.open_cohort(config.data)
-    splits = cohorts.split(cohort, config.data.split, config.seed)
+    cohort = dataset.open_cohort(config.data, next(iter(config.tasks), ""))
+    splits = dataset.open_splits(cohort, config.data, config.seed)
     if "train" not in splits:
-        raise UserError(f"config: data.split gives no 'train' split for cohort '{cohort.name}'; it gives {list(splits)}")
+        raise UserError(
+            f"config: data.split gives no 'train' split for cohort '{cohort.name}'; it gives {list(splits)}"
+        )
     plan = preprocess.fit(config.data.preprocess, cohort, splits["train"])
     job = tasks.build(config.tasks, cohort.labels)
     model = build_model(config, job)
@@ -88,7 +85,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     # Resume, or begin.
     checkpoints = Checkpoints(workdir)
     newest = checkpoints.newest("latest")
-    progress_of_run = {"best": None, "best_step": None, "stale": 0, "stopped": False}
+    history: dict[str, Any] = {"best": None, "best_step": None, "stale": 0, "stopped": False}
     if newest is None:
         state = jax.jit(create, out_shardings=everywhere)()
         first = 0
@@ -97,7 +94,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         for line in config_lib.difference(meta["config"], json.loads(config_lib.to_json(config))):
             say(f"resumed with another configuration than before: {line}")
         state = checkpoints.restore("latest", newest, abstract)
-        progress_of_run = meta["progress"]
+        history = meta["history"]
         first = newest
     write_config(workdir, config)
     say_report(config, mesh, model, shapes, compiled, splits, total, first)
@@ -110,12 +107,14 @@ def train(config: ConfigDict, workdir: Path) -> None:
             "config": json.loads(config_lib.to_json(config)),
             "plan": plan.to_json(),
             "labels": dict(cohort.labels),
-            "progress": progress_of_run,
+            "history": history,
         }
         checkpoints.save(kind, step_number, state, meta)
 
     # The loop.
-    every = {k: steps_of(config, f"train.{k}", len(splits["train"])) for k in ("log_every", "checkpoint_every", "eval_every")}
+    every = {
+        k: steps_of(config, f"train.{k}", len(splits["train"])) for k in ("log_every", "checkpoint_every", "eval_every")
+    }
     if any(v < 1 for v in every.values()):
         raise UserError("config: train.log_every, checkpoint_every and eval_every must be at least one step")
     batches = parallel.prefetch(
@@ -125,7 +124,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     clock = Clock()
     text = ""
     for number in range(first + 1, total + 1):
-        if progress_of_run["stopped"]:
+        if history["stopped"]:
             break
         with clock.waiting():
             batch = next(batches)
@@ -144,7 +143,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 )
             text = (
                 f"loss {values['loss']:.4f}  {speed['patches_per_s']:.2f} patches/s  waiting {speed['waiting']:.1%}"
-                + (f"  best val Dice {progress_of_run['best']:.4f}" if progress_of_run["best"] is not None else "")
+                + (f"  best val Dice {history['best']:.4f}" if history["best"] is not None else "")
             )
         else:
             # One step in flight at most: the host must not run ahead of the device.
@@ -154,16 +153,16 @@ def train(config: ConfigDict, workdir: Path) -> None:
         if validation and (number % every["eval_every"] == 0 or last):
             scores = validation(state.eval_params)
             metrics.write(number, {f"val/{k}": v for k, v in scores.items()})
-            improved = progress_of_run["best"] is None or scores["dice"] > progress_of_run["best"]
+            improved = history["best"] is None or scores["dice"] > history["best"]
             if improved:
-                progress_of_run.update(best=scores["dice"], best_step=number, stale=0)
+                history.update(best=scores["dice"], best_step=number, stale=0)
                 save("best", number)
             else:
-                progress_of_run["stale"] += 1
+                history["stale"] += 1
             patience = config.train.patience
-            progress_of_run["stopped"] = bool(patience) and progress_of_run["stale"] >= patience
+            history["stopped"] = bool(patience) and history["stale"] >= patience
             clock.lap()
-        if number % every["checkpoint_every"] == 0 or last or progress_of_run["stopped"]:
+        if number % every["checkpoint_every"] == 0 or last or history["stopped"]:
             save("latest", number)
             clock.lap()
     progress.close()
@@ -171,27 +170,21 @@ def train(config: ConfigDict, workdir: Path) -> None:
     checkpoints.close()
     metrics.close()
     done = int(state.step)
-    best = "" if progress_of_run["best"] is None else (
-        f", best validation Dice {progress_of_run['best']:.4f} at step {progress_of_run['best_step']}"
+    best = (
+        ""
+        if history["best"] is None
+        else (f", best validation Dice {history['best']:.4f} at step {history['best_step']}")
     )
-    early = " (stopped early)" if progress_of_run["stopped"] else ""
+    early = " (stopped early)" if history["stopped"] else ""
     say(f"trained to step {done}{early} in {duration(time.perf_counter() - began)}{best}")
-
-
-def build_model(config: Mapping[str, Any], job: Mapping[str, tasks.Task]) -> Model:
-    """Backbone and heads of a config."""
-    precision = config["train"]["precision"]
-    if precision not in DTYPES:
-        raise UserError(f"config: train.precision '{precision}' is not known; known: {', '.join(DTYPES)}")
-    return Model(models.build(config["model"], DTYPES[precision]), {name: task.head() for name, task in job.items()})
 
 
 def steps_of(config: ConfigDict, key: str, n_examples: int) -> int:
     """The duration at `key` in optimizer steps."""
-    value = config
+    value: Any = config
     for part in key.split("."):
         value = value[part]
-    return config_lib.steps(value, batch_size=config.data.batch_size, n_examples=n_examples, key=key)  # type: ignore[arg-type]
+    return config_lib.steps(value, batch_size=config.data.batch_size, n_examples=n_examples, key=key)
 
 
 def check_targets(job: Mapping[str, tasks.Task], source: pipeline.Source) -> None:
@@ -233,7 +226,7 @@ def make_train_step(
     augment = jax.shard_map(augment, mesh=mesh, in_specs=rows, out_specs=rows)
 
     def loss(params: Any, batch: dict[str, Any], share: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        outputs = model.apply({"params": params}, batch["image"], train=True)
+        outputs: Any = model.apply({"params": params}, batch["image"], train=True)
         total, sums = 0.0, {}
         for name, task in job.items():
             # `where`, not a product: an example without a label must not bring in a NaN.
@@ -295,7 +288,7 @@ class Validation:
         def losses(params: Any, batch: dict[str, Any]) -> dict[str, Any]:
             for task in job.values():
                 batch = task.prepare(jax.random.key(config.seed), batch)
-            outputs = model.apply({"params": params}, batch["image"], train=True)
+            outputs: Any = model.apply({"params": params}, batch["image"], train=True)
             sums = {}
             for name, task in job.items():
                 mask = batch[f"{name}/mask"]
@@ -339,24 +332,34 @@ class Clock:
 
 def write_config(workdir: Path, config: ConfigDict) -> None:
     """The resolved configuration beside the run."""
-    beside = workdir / "config.json.tmp"
-    beside.write_text(config_lib.to_json(config) + "\n")
-    os.replace(beside, workdir / "config.json")
+    write_atomic(workdir / "config.json", config_lib.to_json(config) + "\n")
 
 
 def say_report(
-    config: ConfigDict, mesh: Mesh, model: Model, shapes: State, compiled: report.Compiled,
-    splits: Mapping[str, Any], total: int, first: int,
+    config: ConfigDict,
+    mesh: Mesh,
+    model: Model,
+    shapes: State,
+    compiled: report.Compiled,
+    splits: Mapping[str, Any],
+    total: int,
+    first: int,
 ) -> None:
     """What will run, and what it costs, before it runs."""
     cases = ", ".join(f"{len(v)} {k}" for k, v in splits.items())
     kind = f"{mesh.devices.size} × {jax.devices()[0].device_kind}"
-    say(f"run         {config.name}: {cases} cases, patch {'×'.join(map(str, config.data.patch))}, "
-        f"batch {config.data.batch_size}, steps {first}..{total}, {config.train.precision}, {kind}")
-    say(f"model       {config.model.name}, {report.human(parameter_count(shapes.params), '')} parameters, tasks: "
-        f"{', '.join(config.tasks)}")
-    say(f"step        {report.human(compiled.flops, 'FLOP')}, compiled in {compiled.seconds:.1f} s, "
+    say(
+        f"run         {config.name}: {cases} cases, patch {'×'.join(map(str, config.data.patch))}, "
+        f"batch {config.data.batch_size}, steps {first}..{total}, {config.train.precision}, {kind}"
+    )
+    say(
+        f"model       {config.model.name}, {report.human(parameter_count(shapes.params), '')} parameters, tasks: "
+        f"{', '.join(config.tasks)}"
+    )
+    say(
+        f"step        {report.human(compiled.flops, 'FLOP')}, compiled in {compiled.seconds:.1f} s, "
         f"{report.human(compiled.peak, 'B')} a device: arguments {report.human(compiled.arguments, 'B')}, temporaries "
-        f"{report.human(compiled.temporaries, 'B')}")
+        f"{report.human(compiled.temporaries, 'B')}"
+    )
     say(f"convolution {native.status()}")
     say(f"memory      {runtime.describe()}")

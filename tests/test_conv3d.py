@@ -384,7 +384,7 @@ def resident_mb() -> float:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_thousand_steps_without_memory_growth():
-    x, w = arrays((1, 16, 16, 16, 4), (3, 3, 3, 4, 4))
+    x, w = arrays((1, 8, 8, 8, 4), (3, 3, 3, 4, 4))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(w):

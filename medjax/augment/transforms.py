@@ -13,12 +13,10 @@ from medjax.ops import warp
 
 def mirror(key: Array, arrays: Sequence[Array], axes: Sequence[int]) -> list[Array]:
     """Flips all arrays [X, Y, Z, ...] together along each of `axes` with probability ½."""
-    arrays = list(arrays)
+    out = list(arrays)
     for axis, k in zip(axes, jax.random.split(key, max(1, len(axes))), strict=False):
-        arrays = jax.lax.cond(
-            jax.random.bernoulli(k), lambda a, axis=axis: [jnp.flip(x, axis) for x in a], lambda a: a, arrays
-        )
-    return arrays
+        out = jax.lax.cond(jax.random.bernoulli(k), lambda a, axis=axis: [jnp.flip(x, axis) for x in a], list, out)
+    return out
 
 
 def affine(

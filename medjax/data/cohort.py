@@ -1,7 +1,7 @@
 """Cohorts: which files belong to which case, what the labels are called, and who may be learnt from.
 
-A `Cohort` comes from a Medical Segmentation Decathlon folder (`from_msd`) or from a table (`from_manifest`). `make_splits`
-divides its cases and refuses to when a patient, or the same voxels under two names, would sit on both sides.
+A `Cohort` comes from a Medical Segmentation Decathlon folder (`from_msd`) or from a table (`from_manifest`).
+`split` divides its cases and refuses to when a patient, or the same voxels under two names, would sit on both sides.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from medjax.data import nifti
-from medjax.data.volume import Volume, axes_towards, check_same_grid
+from medjax.data.volume import Volume, axes_towards, check_same_grid, count_nonfinite
 from medjax.errors import UserError, warn_once
 
 Splits = dict[str, tuple["Case", ...]]
@@ -106,8 +106,8 @@ def from_msd(root: str | os.PathLike[str], task: str = "segmentation", group: st
         None makes every case its own patient.
 
     Returns:
-      The cohort; `splits` has 'train' (the training list) and 'test' (the test list) where each is not empty. A 4-D file
-      holds the modalities as channels.
+      The cohort; `splits` has 'train' (the training list) and 'test' (the test list) where each is not empty. A
+      4-D file holds the modalities as channels.
 
     Raises:
       UserError: no or damaged dataset.json, missing keys or files, duplicate ids, labels that are not integers.
@@ -126,7 +126,11 @@ def from_msd(root: str | os.PathLike[str], task: str = "segmentation", group: st
             raise UserError(
                 f"{path}: key {key!r} is missing; a Decathlon dataset.json has modality, labels and training"
             )
-    modalities = tuple(name for _, name in sorted((int(k), str(v)) for k, v in table["modality"].items()))
+    if not all(isinstance(table[key], dict) for key in ("modality", "labels")):
+        raise UserError(f"{path}: modality and labels must be tables such as {{'0': 'MRI'}}")
+    if not all(str(key).isdigit() for key in table["modality"]):
+        raise UserError(f"{path}: modality must be numbered from '0' on, not {', '.join(table['modality'])}")
+    modalities = tuple(str(table["modality"][key]) for key in sorted(table["modality"], key=int))
     if len(set(modalities)) < len(modalities) or not modalities:
         raise UserError(f"{path}: modality names must be there and differ, not {', '.join(modalities) or 'none'}")
     labels = _msd_labels(path, table["labels"])
@@ -161,7 +165,7 @@ def from_manifest(
     Args:
       path: the table; relative file names in it start from its folder.
       images: modality -> column of its file.
-      targets: task -> column: a mask file, a number, or a class named in `classes`; an empty cell means this case has no
+      targets: task -> column: a mask file, a number, or a class named in `classes`; an empty cell means the case has no
         target for the task.
       labels: structure name -> value in the masks.
       id: column of the case's unique id.
@@ -172,7 +176,7 @@ def from_manifest(
       name: of the cohort; the file's name by default.
 
     Returns:
-      The cohort. Columns not named above are the cases' `attributes`.
+      The cohort. Columns that hold neither images nor targets are the cases' `attributes`.
 
     Raises:
       UserError: naming the table and the line: missing file, column or modality, empty table, duplicate or empty ids,
@@ -185,8 +189,8 @@ def from_manifest(
     check_keys(f"{path}: classes", classes, tuple(targets))
     rows = _load_records(path)
     columns = list(dict.fromkeys(column for _, row in rows for column in row))
-    wanted = [id, *images.values(), *targets.values(), *(c for c in (group, split) if c)]
-    for column in wanted:
+    files_and_targets = {*images.values(), *targets.values()}
+    for column in dict.fromkeys((id, *images.values(), *targets.values(), *(c for c in (group, split) if c))):
         if column not in columns:
             raise UserError(
                 f"{path}: no column {column!r}{nearest(column, columns)} (there are: {', '.join(columns) or 'none'})"
@@ -210,7 +214,7 @@ def from_manifest(
             raise UserError(f"{where}: case {case_id} has no patient (column {group!r}); without it splits may leak")
         if split:
             own_splits[row.get(split, "")].append(case_id)
-        attributes = {k: v for k, v in row.items() if k not in wanted and v}
+        attributes = {k: v for k, v in row.items() if k not in files_and_targets and v}
         cases.append(Case(case_id, row[group] if group else case_id, files, found, attributes))
     if not cases:
         raise UserError(f"{path}: holds no cases")
@@ -372,7 +376,7 @@ def _require_unique(where: Path, cases: Iterable[Case]) -> None:
 # ---------------------------------------------------------------------------------------------------------- loading
 
 
-def load_images(case: Case, modalities: Sequence[str], allow_missing: bool = False) -> tuple[Volume, tuple[bool, ...]]:
+def load_images(case: Case, modalities: Sequence[str], allow_missing: bool = False) -> Volume:
     """Reads a case's images as one volume.
 
     Args:
@@ -381,7 +385,7 @@ def load_images(case: Case, modalities: Sequence[str], allow_missing: bool = Fal
       allow_missing: fill the channel of a modality that the case lacks with zeros instead of refusing it.
 
     Returns:
-      `(volume, present)`: data [X, Y, Z, len(modalities)] in the files' own axis order, and which channels are real.
+      Data [X, Y, Z, len(modalities)] in the files' own axis order; affine, header and source are the first file's.
 
     Raises:
       UserError: a missing modality, a file whose channels do not fit, or files on different grids (names both).
@@ -402,13 +406,10 @@ def load_images(case: Case, modalities: Sequence[str], allow_missing: bool = Fal
         sharing = [m for m, file in case.images.items() if file == path]
         if volume.channels != len(sharing):
             raise UserError(
-                f"{path}: {volume.channels} channels for modality {', '.join(sharing)}; a file needs one channel for each "
-                "modality that names it. Split the file, or declare the modalities of all its channels."
+                f"{path}: {volume.channels} channels for modality {', '.join(sharing)}; a file needs one channel for "
+                "each modality that names it. Split the file, or declare the modalities of all its channels."
             )
         check_same_grid(volume, first)
-    present = tuple(m in case.images for m in modalities)
-    if len(modalities) == 1:
-        return _with_channels(first, first.data.reshape((*first.shape, 1), order="A")), present
     channels: list[np.ndarray | None] = []
     for modality in modalities:
         if modality not in case.images:
@@ -418,26 +419,20 @@ def load_images(case: Case, modalities: Sequence[str], allow_missing: bool = Fal
         sharing = [m for m, file in case.images.items() if file == volume.source]
         channels.append(volume.data[..., sharing.index(modality)] if volume.data.ndim == 4 else volume.data)
     if len(wanted) == 1 and tuple(case.images) == tuple(modalities):
-        return first, present
+        return replace(first, data=first.data.reshape((*first.shape, len(modalities)), order="A"))
     dtype = np.result_type(*(c.dtype for c in channels if c is not None))
     data = np.zeros((*first.shape, len(modalities)), dtype, order="F")  # the files' own order: channels are contiguous
     for index, channel in enumerate(channels):
         if channel is not None:
             data[..., index] = channel
-    nonfinite = sum(volume.nonfinite for volume in volumes.values())
-    return _with_channels(first, data, nonfinite), present
-
-
-def _with_channels(first: Volume, data: np.ndarray, nonfinite: int | None = None) -> Volume:
-    count = first.nonfinite if nonfinite is None else nonfinite
-    return Volume(data, first.affine, first.source, first.header, count, first.notes)
+    return replace(first, data=data, nonfinite=count_nonfinite(data))
 
 
 def content_hash(path: str | os.PathLike[str]) -> str:
     """Digest of an image's voxels and shape, in RAS order and float32.
 
-    Compression, dtype, scaling and axis order do not change it, so the same image is found under another name. Cached by
-    path, size and modification time.
+    Compression, dtype, scaling and axis order do not change it, so the same image is found under another name. Cached
+    by path, size and modification time.
     """
     status = os.stat(path)
     return _content_hash(os.path.abspath(path), status.st_size, status.st_mtime_ns)
@@ -460,43 +455,48 @@ def _content_hash(path: str, size: int, mtime: int) -> str:
 # ----------------------------------------------------------------------------------------------------------- splits
 
 
-def make_splits(cohort: Cohort, spec: Mapping[str, Any], seed: int = 0, check_content: bool = True) -> Splits:
+def split(cohort: Cohort, spec: Mapping[str, Any], seed: int = 0, check_content: bool = True) -> Splits:
     """Divides a cohort.
 
     Args:
       cohort: the cohort.
       spec: one of
-        `{'file': 'split.csv'}`: a table with columns `id` and `split` that names every case, relative to the cohort's root;
+        `{'file': 'split.csv'}`: a table with columns `id` and `split` that names every case, relative to the cohort's
+        root;
         `{'column': 'site'}`: an attribute whose value is the split;
-        `{'own': True}`: the cohort's own splits (`from_msd`, the split column of `from_manifest`);
         `{'folds': k, 'fold': i, 'test': 0.2, 'stratify': 'sex'}`: patients dealt into k folds, fold i is 'val', the
         others 'train'; `test` (optional) first sets that share of the patients aside, the same for every fold;
-        `stratify` (optional) balances the folds by an attribute.
+        `stratify` (optional) balances the folds by an attribute;
+        `{}`: the cohort's own splits (`from_msd`, the split column of `from_manifest`).
+        Empty values ('' or 0) count as not given.
       seed: of the folds.
       check_content: compare the images' voxels across splits (`content_hash`; reads every image once a process).
 
     Returns:
-      split name -> its cases, in the cohort's order. Folds depend on the ids and the seed alone, not on library versions.
+      split name -> its cases, in the cohort's order. Folds depend on the patients and the seed alone, not on library
+      versions.
 
     Raises:
       UserError: unknown key, unlisted or unknown ids, an empty split, a patient in two splits (names the ids), or
         identical voxels in two splits (names both files).
     """
-    kinds: dict[str, Callable[[], dict[str, list[str]]]] = {
-        "file": lambda: _split_file(cohort, spec["file"]),
-        "column": lambda: _split_column(cohort, spec["column"]),
-        "own": lambda: _split_own(cohort),
-        "folds": lambda: _split_folds(cohort, spec, seed),
-    }
-    check_keys("data.split", spec, ("file", "column", "own", "folds", "fold", "test", "stratify"))
-    chosen = [kind for kind in kinds if kind in spec]
-    if len(chosen) != 1:
-        raise UserError(f"data.split: name exactly one of {', '.join(kinds)}, not {', '.join(chosen) or 'none'}")
-    allowed = ("folds", "fold", "test", "stratify") if chosen[0] == "folds" else (chosen[0],)
-    check_keys(f"data.split of kind {chosen[0]!r}", spec, allowed)
-    ids = kinds[chosen[0]]()
-    member = {id: split for split, listed in ids.items() for id in listed}
-    splits: Splits = {s: tuple(c for c in cohort.cases if member.get(c.id) == s) for s in ids}
+    check_keys("data.split", spec.keys(), ("file", "column", "folds", "fold", "test", "stratify"))
+    given = {key: value for key, value in spec.items() if value}
+    chosen = [kind for kind in ("file", "column", "folds") if kind in given]
+    if len(chosen) > 1:
+        raise UserError(f"data.split: {' and '.join(chosen)} are both given; choose one")
+    if "folds" not in given and (loose := [key for key in ("fold", "test", "stratify") if key in given]):
+        raise UserError(f"data.split.{loose[0]}={given[loose[0]]!r} needs data.split.folds; set it, or leave this out")
+    if "file" in given:
+        ids = _split_file(cohort, given["file"])
+    elif "column" in given:
+        ids = _split_column(cohort, given["column"])
+    elif "folds" in given:
+        ids = _split_folds(cohort, given, seed)
+    else:
+        ids = _split_own(cohort)
+    member = {id: name for name, listed in ids.items() for id in listed}
+    splits: Splits = {name: tuple(c for c in cohort.cases if member.get(c.id) == name) for name in ids}
     for name in ("train", *splits):
         if not splits.get(name):
             there = ", ".join(f"{k} ({len(v)})" for k, v in splits.items())
@@ -546,7 +546,7 @@ def _attribute(cohort: Cohort, case: Case, column: str) -> str:
 
 def _split_own(cohort: Cohort) -> dict[str, list[str]]:
     if not cohort.splits:
-        raise UserError(f"data.split: the cohort {cohort.name} has no splits of its own; use file, column or folds")
+        raise UserError(f"data.split: the cohort {cohort.name} has no splits of its own; set file, column or folds")
     return {name: list(ids) for name, ids in cohort.splits.items()}
 
 
@@ -607,7 +607,7 @@ def _check_content(splits: Splits) -> None:
             if split_a != split_b:
                 raise UserError(
                     f"{other} ({split_b}, case {id_b}) and {paths[0]} ({split_a}, case {id_a}) hold identical voxels: "
-                    "a score would measure memory. Leave one out, or put both into one split (one patient name for both)."
+                    "a score would measure memory. Leave one out, or put both into one split (one patient for both)."
                 )
             if id_a != id_b:
                 inside.append((other, paths[0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,36 +10,65 @@ from pathlib import Path
 from typing import Any
 
 from medjax.data import cohort as cohorts
-from medjax.data import preprocess
+from medjax.data import nifti, preprocess
+from medjax.data.volume import axes_towards, spacing_of
 from medjax.errors import UserError
 
 
-def open_cohort(config: Mapping[str, Any]) -> cohorts.Cohort:
-    """The cohort of `config.data`: a generator's name, a folder with dataset.json, or a manifest (.csv, .json)."""
+def open_cohort(config: Mapping[str, Any], task: str) -> cohorts.Cohort:
+    """The cohort of `config.data`: a generator's name, a folder with dataset.json, or a manifest (.csv, .json).
+
+    Args:
+      task: name under which the masks of a folder become targets.
+    """
     name = config["cohort"]
     if not name:
         raise UserError(
-            "config: data.cohort is empty; give a folder with dataset.json, a manifest, or 'synthetic_brain'"
+            "config: data.cohort is empty; give a folder with dataset.json, a manifest or 'synthetic_brain'"
         )
     if name == "synthetic_brain":
         from medjax.data.synthetic import brain_cohort
 
-        return cohorts.from_msd(brain_cohort(**config["options"]))
+        return cohorts.from_msd(brain_cohort(**config["options"]), task)
     path = Path(name).expanduser()
     if path.is_dir():
-        return cohorts.from_msd(path)
+        return cohorts.from_msd(path, task, group=config["group"] or None)
     if path.suffix.lower() in (".csv", ".json"):
         if not config["images"]:
             raise UserError("config: a manifest needs data.images, e.g. {'T1': 't1_file', 'T2': 't2_file'}")
         return cohorts.from_manifest(
             path,
-            images=dict(config["images"]),
-            targets=dict(config["targets"]),
-            labels=dict(config["labels"]),
-            id_column=config["id_column"],
-            group_column=config["group_column"] or None,
+            dict(config["images"]),
+            dict(config["targets"]),
+            dict(config["labels"]),
+            id=config["id"],
+            group=config["group"] or None,
+            split=config["split"]["column"] or None,
         )
     raise UserError(f"{path}: data.cohort is neither a folder nor a .csv or .json manifest; check the path")
+
+
+def open_splits(cohort: cohorts.Cohort, config: Mapping[str, Any], seed: int) -> cohorts.Splits:
+    """The splits of `config.data.split`: a file, a column, folds by patient, or else the cohort's own."""
+    wanted = config["split"]
+    spec: dict[str, Any] = {k: wanted[k] for k in ("file", "column") if wanted[k]}
+    if wanted["folds"]:
+        spec |= {"folds": wanted["folds"], "fold": wanted["fold"]}
+        spec |= {"test": wanted["test"]} if wanted["test"] else {}
+    return cohorts.split(cohort, spec, seed)
+
+
+def largest_shape(plan: preprocess.Plan, cases: Sequence[cohorts.Case]) -> tuple[int, int, int]:
+    """A shape no prepared case exceeds on any axis, from the headers alone (a crop can only make them smaller)."""
+    shapes = []
+    for case in cases:
+        shape, affine = nifti.read_grid(next(iter(case.images.values())))
+        order, _ = axes_towards(affine, plan.orientation)
+        spacing = spacing_of(affine)
+        target = plan.spacing or [spacing[i] for i in order]
+        shapes.append([math.ceil(shape[i] * spacing[i] / s) for i, s in zip(order, target, strict=True)])
+    x, y, z = (max(1, *(shape[axis] for shape in shapes)) for axis in range(3))
+    return x, y, z
 
 
 def prepare(

@@ -1,8 +1,8 @@
 """Reads and writes NIfTI-1 and NIfTI-2 volumes, and refuses what is not one in words a person can act on.
 
-nibabel parses the header; the voxels are read here, because a damaged gzip stream must be noticed (its checksum stands at
-the very end, where a reader that stops after the last voxel never looks) and because a lying header must not allocate
-more memory than the file can fill.
+nibabel parses the header; the voxels are read here, because a damaged gzip stream must be noticed (its checksum stands
+at the very end, where a reader that stops after the last voxel never looks) and because a lying header must not
+allocate more memory than the file can fill.
 
 Formats: https://nifti.nimh.nih.gov/nifti-1, https://nifti.nimh.nih.gov/pub/dist/doc/nifti2.h and RFC 1952 (gzip).
 """
@@ -15,6 +15,7 @@ import io
 import itertools
 import logging
 import os
+import re
 import struct
 import zlib
 from collections.abc import Collection, Iterator
@@ -65,8 +66,7 @@ _FOREIGN = (
 )  # fmt: skip
 
 _quiet = logging.getLogger("medjax.nibabel")
-_quiet.addHandler(logging.NullHandler())
-_quiet.propagate = False
+_quiet.disabled = True  # nibabel's header checks log what is told here in one sentence, with the file's name
 _temporary = itertools.count()
 
 
@@ -83,8 +83,8 @@ def read(path: str | os.PathLike[str]) -> Volume:
       and reported once.
 
     Raises:
-      UserError: naming the file, what is wrong with it and the cure, for anything that is not an intact 3-D or 4-D NIfTI
-        volume of real numbers with a usable affine.
+      UserError: naming the file, what is wrong with it and the cure, for anything that is not an intact 3-D or 4-D
+        NIfTI volume of real numbers with a usable affine.
     """
     path = Path(path)
     with _Source(path) as source:
@@ -103,7 +103,7 @@ def read(path: str | os.PathLike[str]) -> Volume:
     nonfinite = count_nonfinite(data)
     volume = Volume(data, affine, path, header, nonfinite, tuple(notes))
     for note in notes:
-        warn_once(f"{path}: {note}")
+        _report(note, path)
     return volume
 
 
@@ -168,8 +168,8 @@ def read_label(
 def write(path: str | os.PathLike[str], array: np.ndarray, like: Volume) -> None:
     """Writes `array` on the grid of `like`, with its header.
 
-    The file reads back with the very shape and affine of `like`: the source header's qform, sform, their codes, units and
-    description are kept as they are; intensity scaling, display range and intent are reset, as they described the
+    The file reads back with the very shape and affine of `like`: the source header's qform, sform, their codes, units
+    and description are kept as they are; intensity scaling, display range and intent are reset, as they described the
     source's values. The dtype is the smallest integer type that holds the values (bool: uint8); floats keep their
     precision. The file appears whole or not at all, and equal input gives equal bytes.
 
@@ -197,6 +197,16 @@ def write(path: str | os.PathLike[str], array: np.ndarray, like: Volume) -> None
                 _write_stream(packed, header, array)
         else:
             _write_stream(file, header, array)
+
+
+_reported: set[str] = set()
+
+
+def _report(note: str, path: Path) -> None:
+    """Reports a note for the first file that has it: a cohort of a thousand alike files gets one line."""
+    if (kind := re.sub(r"[-+]?\d[\d.e+-]*", "#", note)) not in _reported:
+        _reported.add(kind)
+        warn_once(f"{path}: {note} (other files with this are not listed)")
 
 
 # ---------------------------------------------------------------------------------------------------------- streams
@@ -344,7 +354,8 @@ class _Source:
             )
         if not paired and image_path is not None:
             raise UserError(f"{header_path}: holds header and voxels in one. Rename it to .nii (or .nii.gz).")
-        self.header = _parse(bytes(start[:size]), size, order, paired, header_path)
+        self.header, notes = _parse(bytes(start[:size]), size, order, paired, header_path)
+        self.notes.extend(notes)
         offset = float(self.header["vox_offset"])
         if not (np.isfinite(offset) and offset >= 0 and offset == int(offset)):
             raise UserError(f"{header_path}: vox_offset {offset} is not a place in a file. The header is damaged.")
@@ -375,7 +386,7 @@ class _Source:
             raise UserError(f"{path}: a folder, not a NIfTI file. A DICOM series must be converted first (dcm2niix).")
         if not path.exists():
             raise UserError(f"{path}: no such file. Correct the path, or fetch the file.")
-        file = self._stack.enter_context(open(path, "rb"))
+        file = self._stack.enter_context(path.open("rb"))
         size = os.fstat(file.fileno()).st_size
         if size == 0:
             raise UserError(f"{path}: empty (0 bytes). Copy or download the file again.")
@@ -412,7 +423,7 @@ class _Source:
         self.header.extensions = extensions
 
 
-_CIFTI = "{path}: a CIFTI file (values on a surface and in grey matter lists), not a volume. Give the volume it was made from."
+_CIFTI = "{path}: a CIFTI file (values of surface points), not a volume. Give the volume it was made from."
 
 
 def _pair(path: Path) -> tuple[Path, Path | None]:
@@ -452,8 +463,8 @@ def _header_size(start: bytes, path: Path) -> tuple[int, str]:
     )
 
 
-def _parse(block: bytes, size: int, order: str, paired: bool, path: Path) -> Any:
-    """The nibabel header of `block`, checked."""
+def _parse(block: bytes, size: int, order: str, paired: bool, path: Path) -> tuple[Any, list[str]]:
+    """The nibabel header of `block`, checked, and notes."""
     if size == 348:
         klass = Nifti1PairHeader if paired else Nifti1Header
     else:
@@ -468,12 +479,21 @@ def _parse(block: bytes, size: int, order: str, paired: bool, path: Path) -> Any
         raise UserError(_CIFTI.format(path=path))
     if (code := int(header["datatype"])) in _REFUSED_DTYPES:
         raise UserError(f"{path}: holds {_REFUSED_DTYPES[code]}; medjax reads volumes of real numbers. Convert it.")
+    notes = []
+    # Before nibabel's check, which would put 1 for 0.
+    if (np.asarray(header["pixdim"][1:4], np.float64) == 0).any():
+        if int(header["sform_code"]) <= 0:
+            raise UserError(
+                f"{path}: a voxel spacing in the header (pixdim) is 0, so voxels have no size. Set the scanner's spacing "
+                "in the header, or export the file again."
+            )
+        notes.append("a voxel spacing in the header (pixdim) is 0; the sform has it and is used")
     try:
         header.check_fix(logger=_quiet, error_level=40)
         header.get_data_shape()
     except (HeaderDataError, ValueError, KeyError) as error:
         raise UserError(f"{path}: damaged header ({error}). Copy the file again, or export it anew.") from None
-    return header
+    return header, notes
 
 
 def _checked_shape(header: Any, path: Path) -> tuple[int, ...]:
@@ -490,8 +510,8 @@ def _checked_shape(header: Any, path: Path) -> tuple[int, ...]:
         )
     if len(core) > 4:
         raise UserError(
-            f"{path}: a {len(core)}-D image of shape {shape} (a vector or deformation field?). Give one 3-D volume, or a "
-            "4-D one whose last axis is channels."
+            f"{path}: a {len(core)}-D image of shape {shape} (a vector or deformation field?). Give one 3-D volume, or "
+            "a 4-D one whose last axis is channels."
         )
     if sum(n > 1 for n in core[:3]) < 2:
         raise UserError(
@@ -529,8 +549,8 @@ def _geometry_notes(header: Any, affine: np.ndarray, shape: tuple[int, ...], pat
     qcode, scode = int(header["qform_code"]), int(header["sform_code"])
     if not qcode and not scode:
         yield (
-            "the header says nothing about orientation (qform and sform codes are 0); the NIfTI default is taken, first "
-            "axis to the left, which may be wrong: results keep the file's grid, but left and right are not known"
+            "the header says nothing about orientation (qform and sform codes are 0); the NIfTI default is taken, "
+            "first axis to the left, which may be wrong: results keep the file's grid, but left and right are not known"
         )
     if qcode and scode:
         try:
@@ -539,8 +559,6 @@ def _geometry_notes(header: Any, affine: np.ndarray, shape: tuple[int, ...], pat
             distance = np.inf
         if distance > _QFORM_TOLERANCE * min(np.sqrt((affine[:3, :3] ** 2).sum(axis=0))):
             yield f"qform and sform disagree by {distance:.3g} mm; the sform is used, other programs may use the other"
-    if (np.asarray(header["pixdim"][1:4], np.float64) <= 0).any():
-        yield "a voxel spacing in the header is 0; the one of its affine is used"
     if cosine := shear(affine):
         yield (
             f"the affine is sheared (gantry tilt? cosine between axes {cosine:.3g}); voxels are taken along the stored "
@@ -566,7 +584,7 @@ def _read_voxels(stream: _Stream, shape: tuple[int, ...], stored: np.dtype, path
         raise UserError(
             f"{path}: {expected / 2**30:.1f} GiB of voxels do not fit in memory. Crop or split it."
         ) from None
-    got = stream.readinto(memoryview(raw))
+    got = stream.readinto(raw.data)
     extra = stream.drain()  # verifies the checksum even where too little came
     if got < expected:
         raise UserError(_short(path, shape, expected, got))
@@ -590,10 +608,10 @@ def _scale(raw: np.ndarray, slope: float, inter: float) -> np.ndarray:
     """`raw * slope + inter`, computed in float64; float32 where that holds the stored type's precision."""
     if slope == 1.0 and inter == 0.0:
         return raw
-    dtype = np.dtype(np.float64)
+    dtype: type[np.floating] = np.float64
     if raw.dtype.kind in "iu" and raw.dtype.itemsize <= 2:
         reach = 2.0 ** (8 * raw.dtype.itemsize) * abs(slope) + abs(inter)
-        dtype = np.dtype(np.float32) if reach < np.finfo(np.float32).max else dtype
+        dtype = np.float32 if reach < np.finfo(np.float32).max else dtype
     out = np.empty(raw.shape, dtype, order="F")
     for index in range(raw.shape[-1]):  # slice by slice: no float64 copy of the whole
         out[..., index] = raw[..., index] * np.float64(slope) + np.float64(inter)
@@ -609,8 +627,8 @@ def _as_labels(data: np.ndarray, path: str | os.PathLike[str]) -> np.ndarray:
             values, counts = np.unique(data[off > LABEL_TOLERANCE], return_counts=True)
             listed = ", ".join(f"{v:g}" for v in values[:8]) + (", ..." if len(values) > 8 else "")
             raise UserError(
-                f"{path}: {counts.sum()} label values are not integers ({listed}). Was it resampled with interpolation, or "
-                "is it a probability map? Give the mask with one integer a voxel."
+                f"{path}: {counts.sum()} label values are not integers ({listed}). Was it resampled with "
+                "interpolation, or is it a probability map? Give the mask with one integer a voxel."
             )
         if worst > 0:
             warn_once(f"{path}: label values up to {worst:.2g} off the integers (intensity scaling?) were rounded")
@@ -647,8 +665,8 @@ def _storable(array: np.ndarray, path: Path) -> np.ndarray:
 def _output_header(array: np.ndarray, like: Volume) -> Any:
     """Little-endian single-file header with the geometry of `like` for `array`."""
     source = like.header
-    if isinstance(source, Nifti1PairHeader):  # the base of all four NIfTI header classes
-        klass = Nifti2Header if isinstance(source, Nifti2PairHeader) else Nifti1Header
+    if isinstance(source, Nifti1Header):  # the base of all four NIfTI header classes
+        klass = Nifti2Header if isinstance(source, Nifti2Header) else Nifti1Header
         header = klass(source.binaryblock, endianness=source.endianness, check=False).as_byteswapped("<")
         header.extensions = source.extensions
         header["magic"] = klass.single_magic

@@ -5,6 +5,7 @@ Rows are `sampler.Sampler` examples: the pipeline can start at any step and give
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,8 +37,8 @@ class Source:
         object.__setattr__(self, "points", found)
 
     def row(
-        self, number: int, start: np.ndarray, patch: Sequence[int], example: int, valid: bool
-    ) -> dict[str, np.ndarray]:
+        self, number: int, start: Any, patch: Sequence[int], example: int, valid: bool
+    ) -> dict[str, Any]:
         """One example of a batch; see `docs/design.md` for the keys."""
         case = self.cases[number]
         row = {
@@ -126,6 +127,9 @@ def center_batches(
 def _run(
     source: Source, numbers: Any, row: Any, patch: Sequence[int], local: int, workers: int, *, forever: bool
 ) -> Iterator[dict[str, np.ndarray]]:
+    # Before the import: no chatter at the terminal, and no kernels that differ in rounding from run to run.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")  # the accelerator belongs to JAX

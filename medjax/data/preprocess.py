@@ -1,9 +1,9 @@
 """From a case's files to the array a model sees, and back onto the file's own grid.
 
-The way there: orient (whole-axis permutation and flips, exact) -> crop -> resample -> normalise, as nnU-Net does (F. Isensee
-et al., Nature Methods 18, 2021). What is learnt from the training cases (median spacing, CT foreground statistics) is in a
-`Plan`, which is JSON and travels with the model; what is particular to one case is in its `Geometry`, which is JSON too
-and knows the way back.
+The way there: orient (whole-axis permutation and flips, exact) -> crop -> resample -> normalise, as nnU-Net does
+(F. Isensee et al., Nature Methods 18, 2021). What is learnt from the training cases (median spacing, CT foreground
+statistics) is in a `Plan`, which is JSON and travels with the model; what is particular to one case is in its
+`Geometry`, which is JSON too and knows the way back.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ class Geometry:
 
         Args:
           prob: [X, Y, Z, K] on the prepared grid.
-          background: channel that is 1 outside the crop box (softmax outputs); None leaves zeros there (sigmoid outputs).
+          background: channel that is 1 outside the crop box (softmax outputs); None leaves zeros there (sigmoid
+            outputs).
 
         Returns:
           [x, y, z, K] float32, `original_shape`.
@@ -145,7 +146,7 @@ class Geometry:
         return self._placed(winner, background)
 
     def regions_to_original(self, prob: np.ndarray, threshold: float = 0.5) -> np.ndarray:
-        """Overlapping regions on the file's grid: [X, Y, Z, K] probabilities -> [x, y, z, K] bool, above `threshold`."""
+        """Overlapping regions on the file's grid: probabilities [X, Y, Z, K] -> bool [x, y, z, K], > `threshold`."""
         prob = self._on_prepared(prob, 4)
         out = np.zeros((*self.original_shape, prob.shape[3]), bool)
         oriented = self.orient(out)
@@ -154,7 +155,7 @@ class Geometry:
         return out
 
     def label_map_to_original(self, labels: np.ndarray, background: int = 0) -> np.ndarray:
-        """A label map [X, Y, Z] of integers on the file's grid [x, y, z], where no probabilities are left to bring back."""
+        """A label map [X, Y, Z] of integers on the file's grid [x, y, z], for when its probabilities are gone."""
         labels = self._on_prepared(labels, 3)
         inverse = tuple(1 / r for r in self.ratios)
         same = self.shape == self.crop_shape and self.ratios == (1.0, 1.0, 1.0)
@@ -292,7 +293,10 @@ class Plan:
         for volume in labels.values():
             check_same_grid(volume, images)
 
-        geometry = self._geometry(images, data)
+        if self.crop == "nonzero":
+            geometry = self._nonzero_geometry(images, data)
+        else:
+            geometry = self.geometry(images.shape, images.affine)
         scales = []
         image = np.zeros((*geometry.shape, count), np.float32)
         for channel, modality in enumerate(self.modalities):
@@ -308,55 +312,61 @@ class Plan:
                 raise UserError(f"{called[channel]}: values beyond the range of float32 (3.4e38). Rescale the image.")
             if low == high:
                 raise UserError(
-                    f"{called[channel]}: the image is constant (every voxel is {low:g}), so there is nothing to see in it. "
-                    "Give the right file or leave the case out."
+                    f"{called[channel]}: the image is constant (every voxel is {low:g}), so there is nothing to see in "
+                    "it. Give the right file or leave the case out."
                 )
             scales.append(_large_value(values))
             image[..., channel] = self._finish(values, modality, geometry, called[channel])
         targets = {task: self._target(volume, geometry) for task, volume in labels.items()}
         return Prepared(image, targets, geometry, real, tuple(scales))
 
-    def _geometry(self, images: Volume, data: np.ndarray) -> Geometry:
-        permutation, flips = axes_towards(images.affine, self.orientation)
-        shape = tuple(images.shape[i] for i in permutation)
-        a, b, c = shape
-        x, y, z = images.shape
-        identity = Geometry(
-            original_shape=(x, y, z),
-            original_affine=tuple(tuple(row) for row in images.affine.tolist()),
+    def prepared_shape(self, case: Case) -> tuple[int, int, int]:
+        """Shape of the prepared case from its header alone: exact without cropping, else an upper bound."""
+        first = next((case.images[m] for m in self.modalities if m in case.images), None)
+        if first is None:
+            raise UserError(f"case {case.id}: has none of the modalities {', '.join(self.modalities)}")
+        return self.geometry(*nifti.read_grid(first)).shape
+
+    def geometry(
+        self, shape: Sequence[int], affine: np.ndarray, box: tuple[slice, slice, slice] | None = None
+    ) -> Geometry:
+        """The geometry of a file's grid under this plan.
+
+        Args:
+          shape: of the file (further axes than three are ignored).
+          affine: [4, 4], of the file.
+          box: what to keep of the oriented grid; all of it by default.
+        """
+        permutation, flips = axes_towards(affine, self.orientation)
+        start, kept, prepared, ratios = [0] * 3, [1] * 3, [1] * 3, [1.0] * 3
+        for axis, source in enumerate(permutation):
+            start[axis], stop, _ = (box[axis] if box else slice(None)).indices(shape[source])
+            kept[axis] = prepared[axis] = stop - start[axis]
+            # Six digits: a header's float32 holds no more, and files stored in another axis order differ beyond.
+            own = float(f"{spacing_of(affine)[source]:.6g}")
+            if self.spacing is not None and abs(self.spacing[axis] / own - 1) > _SAME_SPACING:
+                ratios[axis] = self.spacing[axis] / own
+                prepared[axis] = max(1, round(kept[axis] / ratios[axis]))
+        return Geometry(
+            original_shape=_three(shape),
+            original_affine=tuple(tuple(row) for row in np.asarray(affine, np.float64).tolist()),
             permutation=permutation,
             flips=flips,
-            crop_start=(0, 0, 0),
-            crop_shape=(a, b, c),
-            shape=(a, b, c),
-            ratios=(1.0, 1.0, 1.0),
-        )
-        box = (slice(0, a), slice(0, b), slice(0, c))
-        if self.crop == "nonzero":
-            mask = data[..., 0] != 0
-            for channel in range(1, data.shape[3]):
-                mask |= data[..., channel] != 0
-            found = bounding_box(identity.orient(mask))
-            if found is None:
-                raise UserError(f"{images.name}: the image is 0 everywhere. Give the right file or leave the case out.")
-            box = found
-        start = (box[0].start, box[1].start, box[2].start)
-        kept = (box[0].stop - start[0], box[1].stop - start[1], box[2].stop - start[2])
-        prepared, ratios = list(kept), [1.0, 1.0, 1.0]
-        if self.spacing is not None:
-            for axis in range(3):
-                # Six digits: a header's float32 holds no more, and files stored in another axis order differ beyond.
-                own = float(f"{images.spacing[permutation[axis]]:.6g}")
-                if abs(self.spacing[axis] / own - 1) > _SAME_SPACING:
-                    ratios[axis] = self.spacing[axis] / own
-                    prepared[axis] = max(1, round(kept[axis] / ratios[axis]))
-        return dataclasses.replace(
-            identity,
-            crop_start=start,
-            crop_shape=kept,
-            shape=(prepared[0], prepared[1], prepared[2]),
+            crop_start=_three(start),
+            crop_shape=_three(kept),
+            shape=_three(prepared),
             ratios=(ratios[0], ratios[1], ratios[2]),
         )
+
+    def _nonzero_geometry(self, images: Volume, data: np.ndarray) -> Geometry:
+        """The geometry that keeps the bounding box of voxels where any channel of `data` is not 0."""
+        mask = data[..., 0] != 0
+        for channel in range(1, data.shape[3]):
+            mask |= data[..., channel] != 0
+        box = bounding_box(self.geometry(images.shape, images.affine).orient(mask))
+        if box is None:
+            raise UserError(f"{images.name}: the image is 0 everywhere. Give the right file or leave the case out.")
+        return self.geometry(images.shape, images.affine, box)
 
     def _finish(self, values: np.ndarray, modality: str, geometry: Geometry, name: str) -> np.ndarray:
         """Resamples and normalises one channel [*crop_shape] float32 -> [*shape] float32."""
@@ -385,12 +395,18 @@ class Plan:
         oriented = geometry.orient(volume.data)
         labels = oriented[geometry.crop]
         if lost := np.count_nonzero(oriented) - np.count_nonzero(labels):
-            warn_once(f"{volume.name}: {lost} labelled voxels lie where the image is 0 and are cropped away (crop='nonzero')")
+            warn_once(
+                f"{volume.name}: {lost} labelled voxels lie where the image is 0 and are cropped (crop='nonzero')"
+            )
         dtype = next(d for d in (np.uint8, np.uint16, np.int32) if int(labels.max()) <= np.iinfo(d).max)
         labels = np.ascontiguousarray(labels, dtype)
         if geometry.shape == geometry.crop_shape and geometry.ratios == (1.0, 1.0, 1.0):
             return labels
         return resample_labels(labels, geometry.shape, geometry.ratios)
+
+
+def _three(numbers: Sequence[int]) -> tuple[int, int, int]:
+    return int(numbers[0]), int(numbers[1]), int(numbers[2])
 
 
 def _positive(value: Any, name: str, kind: str) -> np.float32:
@@ -409,12 +425,15 @@ def _large_value(values: np.ndarray) -> float:
 
 
 def check_spec(spec: Mapping[str, Any], modalities: Sequence[str]) -> dict[str, Any]:
-    """The spec with its defaults filled in and `normalize` as {modality: name}; UserError names what is wrong with it."""
-    check_keys("data.preprocess", spec, tuple(DEFAULT_SPEC))
+    """The spec with its defaults filled in and `normalize` as {modality: name}; UserError names what is wrong in it."""
+    check_keys("data.preprocess", spec.keys(), tuple(DEFAULT_SPEC))
     full = {**DEFAULT_SPEC, **dict(spec)}
     codes = full["orientation"]
-    if not isinstance(codes, str) or sorted("LR".find(c) >= 0 or "PA".find(c) >= 0 and 2 or 3 for c in codes) != [1, 2, 3]:
-        raise UserError(f"data.preprocess.orientation={codes!r}: give one letter of each of L/R, P/A, I/S, such as 'RAS'")
+    pairs = [next((pair for pair in ("LR", "PA", "IS") if c in pair), "") for c in str(codes)]
+    if sorted(pairs) != ["IS", "LR", "PA"]:
+        raise UserError(
+            f"data.preprocess.orientation={codes!r}: give one letter of each of L/R, P/A, I/S, such as 'RAS'"
+        )
     spacing = full["spacing"]
     if spacing is not None and spacing != "median":
         try:
@@ -472,27 +491,23 @@ def fit(spec: Mapping[str, Any], cohort: Cohort, cases: Iterable[Case]) -> Plan:
     full = check_spec(spec, cohort.modalities)
     with ThreadPoolExecutor(max_workers=4) as pool:
         grids = list(pool.map(nifti.read_grid, (next(iter(case.images.values())) for case in cases)))
-    spacings, shapes = [], []
-    for shape, affine in grids:
-        permutation, _ = axes_towards(affine, full["orientation"])
-        spacing = spacing_of(affine)
-        spacings.append([spacing[i] for i in permutation])
-        shapes.append([shape[i] for i in permutation])
-    median = tuple(float(f"{s:.6g}") for s in np.median(spacings, axis=0))
-    target = median if full["spacing"] == "median" else full["spacing"]
-    at_target = np.array(shapes) * (np.array(spacings) / np.array(target) if target else 1.0)
+    oriented = [axes_towards(affine, full["orientation"])[0] for _, affine in grids]
+    spacings = [np.array(spacing_of(affine))[list(order)] for (_, affine), order in zip(grids, oriented, strict=True)]
+    x, y, z = (float(f"{s:.6g}") for s in np.median(spacings, axis=0))
     plan = Plan(
         modalities=cohort.modalities,
         labels=dict(cohort.labels),
         orientation=full["orientation"],
-        spacing=target,
+        spacing=(x, y, z) if full["spacing"] == "median" else full["spacing"],
         crop=full["crop"],
         normalize=full["normalize"],
-        median_spacing=(median[0], median[1], median[2]),
-        median_shape=tuple(int(round(n)) for n in np.median(at_target, axis=0)),  # type: ignore[arg-type]
+        median_spacing=(x, y, z),
         nonfinite=full["nonfinite"],
         missing=full["missing"],
     )
+    shapes = [plan.geometry(shape, affine).shape for shape, affine in grids]
+    a, b, c = (round(float(n)) for n in np.median(shapes, axis=0))
+    plan = dataclasses.replace(plan, median_shape=(a, b, c))
     ct = [m for m in cohort.modalities if full["normalize"][m] == "ct"]
     return dataclasses.replace(plan, foreground=_foreground(plan, ct, cases)) if ct else plan
 
@@ -505,14 +520,12 @@ def _foreground(plan: Plan, modalities: Sequence[str], cases: Sequence[Case]) ->
         have = [m for m in modalities if m in case.images]
         if not masks or not have:
             continue
-        images, _ = load_images(case, have)
-        images = finite(images, plan.nonfinite)
-        data = images.data if images.data.ndim == 4 else images.data[..., None]
+        images = finite(load_images(case, have), plan.nonfinite)
         inside = np.zeros(images.shape, bool)
         for path in masks:
             inside |= nifti.read_label(path, images, plan.labels.values() or None).data > 0
         for channel, modality in enumerate(have):
-            values = np.sort(data[inside, channel].astype(np.float32))
+            values = np.sort(images.data[inside, channel].astype(np.float32))
             if len(values):
                 # Evenly spaced quantiles stand for the case.
                 n = min(len(values), _FOREGROUND_PER_CASE)
@@ -547,7 +560,8 @@ def prepare_case(case: Case, plan: Plan, tasks: Sequence[str] | None = None) -> 
     Raises:
       UserError: anything wrong with its files, naming them.
     """
-    images, present = load_images(case, plan.modalities, allow_missing=plan.missing == "zero")
+    images = load_images(case, plan.modalities, allow_missing=plan.missing == "zero")
+    present = [m in case.images for m in plan.modalities]
     labels = {
         task: nifti.read_label(path, images, plan.labels.values() or None)
         for task, path in case.targets.items()

@@ -89,7 +89,7 @@ def foreground_points(target: np.ndarray, *, limit: int = 4096, seed: int = 0) -
     return points
 
 
-def cut(array: np.ndarray, start: Sequence[int], patch: Sequence[int], fill: Any = 0) -> np.ndarray:
+def cut(array: np.ndarray, start: Any, patch: Sequence[int], fill: Any = 0) -> np.ndarray:
     """The patch [*patch, ...] of array [X, Y, Z, ...] that begins at `start`, `fill` where it lies outside."""
     out = np.full((*patch, *array.shape[3:]), fill, array.dtype)
     source, target = [], []

@@ -451,7 +451,7 @@ def _draw_foci(
     spacing: float,
 ) -> list[_Focus]:
     """One tumour, at times with a smaller second one in the same brain."""
-    scale = max(spacing / 2, 1.0)  # on coarse grids the parts must still be some voxels thick
+    scale = float(np.clip(spacing / 2, 1.0, 1.4))  # larger on coarse grids, where a rim is soon below one voxel
     foci: list[_Focus] = []
     for k in range(2 if site is None and rng.random() < 0.2 else 1):
         sites = template.sites if site is None else np.asarray(site, float)[None]
@@ -468,10 +468,10 @@ def _draw_foci(
         foci.append(
             _Focus(
                 centre=world[rng.integers(len(world))],
-                radius=float(radius),
+                radius=radius,
                 rim=float(np.clip(0.33 * radius, 3.8 * scale, 5.5 * scale)),
-                oedema=float(scale * rng.uniform(7, 15)),
-                push=float(rng.uniform(0.25, 0.6)),
+                oedema=scale * rng.uniform(7, 15),
+                push=rng.uniform(0.25, 0.6),
                 shape=turn @ np.diag(1 / axes) @ turn.T,
             )
         )
@@ -652,9 +652,10 @@ def _write_case(job: dict[str, Any]) -> None:
         job["seed"], job["number"], tumour=job["tumour"], spacing=job["spacing"], size=tuple(size) if size else None
     )
     folder, name = Path(job["folder"]), f"{job['id']}.nii.gz"
-    image = nib.Nifti1Image(case.image, case.affine)
-    image.set_data_dtype(case.dtype)
-    image.header.set_slope_inter(case.slope, 0)
+    # With a slope in its header, nibabel stores the array as it is: the zero stays a zero.
+    stored = case.image if case.slope is None else np.rint(case.image / np.float32(case.slope)).astype(case.dtype)
+    image = nib.Nifti1Image(stored, case.affine)
+    image.header.set_slope_inter(1 if case.slope is None else case.slope, 0)
     for kind, volume in (("imagesTr", image), ("labelsTr", nib.Nifti1Image(case.label, case.affine))):
         volume.set_sform(case.affine, code=1)
         volume.set_qform(case.affine, code=1)

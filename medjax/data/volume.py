@@ -117,7 +117,7 @@ def axes_towards(affine: np.ndarray, codes: str = "RAS") -> tuple[tuple[int, int
 
 
 def check_affine(affine: np.ndarray, name: str) -> None:
-    """Raises UserError naming `name` where `affine` cannot place voxels in space: not finite, a zero or dependent axis."""
+    """Raises UserError naming `name` where `affine` cannot place voxels: not finite, a zero or dependent axis."""
     affine = np.asarray(affine)
     if affine.shape != (4, 4):
         raise UserError(f"{name}: the affine must be [4, 4], not {affine.shape}")

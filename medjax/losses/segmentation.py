@@ -223,7 +223,7 @@ def _dice_loss(sums: _Sums, drop_background: bool, smooth: float, batch: bool, w
     if drop_background:
         overlap, predicted, true = overlap[:, 1:], predicted[:, 1:], true[:, 1:]
     dice = (2.0 * overlap + smooth) / (predicted + true + smooth)
-    return jnp.broadcast_to(1.0 - dice.mean(axis=-1), (examples,))
+    return jnp.broadcast_to((1.0 - dice).mean(axis=-1), (examples,))
 
 
 def _softmax_sums(

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from jax import Array
+
+from medjax import models
+from medjax.errors import UserError
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class Model(nn.Module):
@@ -23,3 +31,16 @@ class Model(nn.Module):
     def __call__(self, x: Array, *, train: bool = False) -> dict[str, Any]:
         pyramid = self.backbone(x, train=train)
         return {name: head(pyramid, train=train) for name, head in self.heads.items()}
+
+
+def build_model(config: Mapping[str, Any], tasks: Mapping[str, Any]) -> Model:
+    """The model of a config: its backbone, computing in `train.precision`, and the heads of its tasks."""
+    precision = config["train"]["precision"]
+    if precision not in DTYPES:
+        raise UserError(f"config: train.precision '{precision}' is not known; known: {', '.join(DTYPES)}")
+    return Model(models.build(config["model"], DTYPES[precision]), {name: task.head() for name, task in tasks.items()})
+
+
+def parameter_count(params: Any) -> int:
+    """Number of scalars in a tree of parameters."""
+    return sum(math.prod(p.shape) for p in jax.tree.leaves(params))

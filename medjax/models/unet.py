@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -69,7 +68,7 @@ class UNet(nn.Module):
                 x = InstanceNormAct(name=f"down{i}_norm")(x)
             x = stage(self.features[i], kernels[i], convs[i], self.dtype, name=f"encoder{i}")(x)
             skips.append(x)
-        pyramid = []
+        pyramid: list[Array] = []
         for i in range(n - 2, -1, -1):
             x = PatchConvTranspose(self.features[i], factors[i], dtype=self.dtype, name=f"up{i}")(x)
             x = jnp.concatenate([x, skips[i]], axis=-1)
@@ -108,8 +107,3 @@ def counts(value: int | Sequence[int], n: int, key: str) -> tuple[int, ...]:
     if len(value) == n:
         return tuple(value)
     raise UserError(f"config: '{key}' needs one number, or {n} (one a stage); it is {tuple(value)}")
-
-
-def parameter_count(params: Any) -> int:
-    """Number of scalars in a tree of parameters."""
-    return sum(math.prod(p.shape) for p in jax.tree.leaves(params))

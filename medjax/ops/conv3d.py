@@ -112,11 +112,55 @@ def conv3d(
     if bias is not None and bias.shape != w.shape[4:]:
         raise ValueError(f"conv3d: bias must be [{w.shape[4]}], got {bias.shape}")
     strides, dilation = _triple("strides", strides), _triple("dilation", dilation)
-    pads = _pads(padding, x.shape[1:4], w.shape[:3], strides, dilation)
+    pads = _pads(padding, x.shape[1:4], _kernel(w), strides, dilation)
     window = _Window(strides, pads, dilation, int(groups))
     if not native.enabled():
         return _xla_conv(x, w, bias, window=window)
     return _bind(_conv_p, x, w, *([] if bias is None else [bias]), window=window)
+
+
+def patch_conv(x: Array, w: Array, bias: Array | None = None) -> Array:
+    """A dense map from each cell of voxels to one voxel: a convolution whose stride is its kernel.
+
+    Args:
+      x: [N, X, Y, Z, C], whose axes are multiples of the cell's.
+      w: [FX, FY, FZ, C, F], the cell's size first.
+      bias: [F] or None.
+
+    Returns:
+      [N, X / FX, Y / FY, Z / FZ, F].
+    """
+    if x.ndim == w.ndim == 5 and any(size % factor for size, factor in zip(x.shape[1:4], w.shape, strict=False)):
+        raise ValueError(f"patch_conv: x {x.shape} is not a whole number of cells {w.shape[:3]} along every axis")
+    return conv3d(x, w, w.shape[:3], "VALID", bias=bias)
+
+
+def patch_conv_transpose(x: Array, w: Array, bias: Array | None = None) -> Array:
+    """A dense map from each voxel to a cell of voxels: a transposed convolution whose stride is its kernel.
+
+    Args:
+      x: [N, X, Y, Z, C].
+      w: [FX, FY, FZ, C, F], the cell's size first.
+      bias: [F] or None.
+
+    Returns:
+      [N, X * FX, Y * FY, Z * FZ, F]; voxel (i, j, k) of a cell is `x @ w[i, j, k] + bias`.
+    """
+    if x.ndim != 5 or w.ndim != 5 or x.shape[4] != w.shape[3]:
+        raise ValueError(
+            f"patch_conv_transpose: x {x.shape} and w {w.shape} are not [N, X, Y, Z, C], [FX, FY, FZ, C, F]"
+        )
+    if x.dtype != w.dtype or (bias is not None and bias.dtype != x.dtype):
+        raise TypeError(f"patch_conv_transpose: operands must have one type, got {x.dtype} and {w.dtype}")
+    cell = _kernel(w)
+    space = (x.shape[1] * cell[0], x.shape[2] * cell[1], x.shape[3] * cell[2])
+    window = _Window(cell, ((0, 0),) * 3, (1, 1, 1), 1)
+    swapped = w.swapaxes(3, 4)
+    if native.enabled():
+        y = _bind(_input_grad_p, x, swapped, space=space, window=window)
+    else:
+        y = _xla_input_grad(x, swapped, space=space, window=window)
+    return y if bias is None else y + bias
 
 
 def _conv_shape(x: Any, w: Any, window: _Window) -> tuple[int, ...]:
@@ -134,8 +178,46 @@ def _filter_shape(x: Any, g: Any, kernel: Triple, window: _Window) -> tuple[int,
 # --- the three maps in XLA's own operations: every platform but the CPU, and the CPU's fallback ---------------------
 
 
+def _fills_cells(window: _Window, space: Sequence[int], kernel: Sequence[int]) -> bool:
+    """Whether the windows tile the image: no overlap, gap, padding or remainder."""
+    return (
+        window.strides == tuple(kernel)
+        and all(pair == (0, 0) for pair in window.padding)
+        and window.groups == 1
+        and (window.dilation == (1, 1, 1) or tuple(kernel) == (1, 1, 1))
+        and all(size % width == 0 for size, width in zip(space, kernel, strict=True))
+    )
+
+
+def _to_cells(x: Array, cell: Triple) -> Array:
+    """[N, X, Y, Z, C] -> [N, X / FX, Y / FY, Z / FZ, FX * FY * FZ * C]."""
+    n, *space, c = x.shape
+    coarse = [size // factor for size, factor in zip(space, cell, strict=True)]
+    split = [n for pair in zip(coarse, cell, strict=True) for n in pair]
+    return x.reshape(n, *split, c).transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(n, *coarse, math.prod(cell) * c)
+
+
+def _from_cells(x: Array, cell: Triple) -> Array:
+    """The inverse of `_to_cells`."""
+    n, *coarse, c = x.shape
+    space = [size * factor for size, factor in zip(coarse, cell, strict=True)]
+    return x.reshape(n, *coarse, *cell, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(n, *space, c // math.prod(cell))
+
+
+# Where windows tile the image the maps are matrix products over cells: accelerators do those well, and badly what XLA
+# makes of strided and transposed 3D convolutions.
+
+
 def _xla_conv(x: Array, w: Array, bias: Array | None = None, *, window: _Window) -> Array:
-    y = lax.conv_general_dilated(
+    if _fills_cells(window, x.shape[1:4], w.shape[:3]):
+        y = _to_cells(x, window.strides) @ w.reshape(-1, w.shape[4])
+    else:
+        y = _xla_general_conv(x, w, window)
+    return y if bias is None else y + bias
+
+
+def _xla_general_conv(x: Array, w: Array, window: _Window) -> Array:
+    return lax.conv_general_dilated(
         x,
         w,
         window.strides,
@@ -144,17 +226,21 @@ def _xla_conv(x: Array, w: Array, bias: Array | None = None, *, window: _Window)
         dimension_numbers=_DIMENSION_NUMBERS,
         feature_group_count=window.groups,
     )
-    return y if bias is None else y + bias
 
 
 def _xla_input_grad(g: Array, w: Array, *, space: Triple, window: _Window) -> Array:
+    if _fills_cells(window, space, w.shape[:3]):
+        return _from_cells(g @ w.reshape(-1, w.shape[4]).T, window.strides)
     x = jax.ShapeDtypeStruct(_input_shape(g, w, space, window), g.dtype)
-    return jax.linear_transpose(lambda x: _xla_conv(x, w, window=window), x)(g)[0]
+    return jax.linear_transpose(lambda x: _xla_general_conv(x, w, window), x)(g)[0]
 
 
 def _xla_filter_grad(x: Array, g: Array, *, kernel: Triple, window: _Window) -> Array:
+    if _fills_cells(window, x.shape[1:4], kernel):
+        cells = _to_cells(x, window.strides)
+        return jnp.einsum("nxyzi,nxyzo->io", cells, g).reshape(_filter_shape(x, g, kernel, window))
     w = jax.ShapeDtypeStruct(_filter_shape(x, g, kernel, window), g.dtype)
-    return jax.linear_transpose(lambda w: _xla_conv(x, w, window=window), w)(g)[0]
+    return jax.linear_transpose(lambda w: _xla_general_conv(x, w, window), w)(g)[0]
 
 
 # --- the same in native calls ----------------------------------------------------------------------------------------
@@ -397,8 +483,6 @@ def _conv_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, window: _Win
         terms.append(_bind(_conv_p, x, tangents[1], window=window))
     if bias and type(tangents[2]) is not ad.Zero:
         terms.append(jnp.broadcast_to(tangents[2], y.shape))
-    if not terms:
-        return y, ad.Zero.from_primal_value(y)
     return y, functools.reduce(lax.add, terms)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
 
 
-def grid(shape: tuple[int, int, int]) -> Array:
+def grid(shape: Sequence[int]) -> Array:
     """Voxel coordinates float32 [X, Y, Z, 3]."""
     axes = [jnp.arange(n, dtype=jnp.float32) for n in shape]
     return jnp.stack(jnp.meshgrid(*axes, indexing="ij"), axis=-1)

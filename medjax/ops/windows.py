@@ -56,6 +56,14 @@ def _profile(size: int, sigma_scale: float) -> np.ndarray:
     return np.maximum(profile / profile.max(), _FLOOR)
 
 
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised array that starts at a multiple of 64 bytes, so that JAX on CPU uses it in place, uncopied."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    offset = -memory.ctypes.data % 64
+    return memory[offset : offset + size].view(dtype).reshape(shape)
+
+
 class SlidingWindow:
     """Applies a network to whole volumes, window by window, in one compiled program.
 
@@ -64,9 +72,10 @@ class SlidingWindow:
     Gaussian and the grid of windows are products over the axes, so are the weights: three short tables, no volume of
     weights. Blending is float32 whatever the network computes in.
 
-    Volumes are laid in a corner of a zero *canvas*, and the program is compiled for the canvas, not for the volume: the
-    number of windows is a run-time number and only real windows are computed. The canvas only ever grows, so a cohort
-    compiles once if `canvas` is given or its largest volume comes first.
+    Volumes are laid in a corner of a *canvas*, and the program is compiled for the canvas, not for the volume: the
+    number of windows is a run-time number, only the volume's own windows are computed, and the rest of the canvas is
+    never read. The canvas only ever grows, so a cohort compiles once if `canvas` is given or its largest volume
+    comes first.
 
     Device memory, beside the network's: canvas voxels x (C x bytes of the input + K x 4) bytes.
 
@@ -109,6 +118,8 @@ class SlidingWindow:
     ):
         if len(patch) != 3 or min(patch) < 1 or batch < 1 or bucket < 1:
             raise UserError(f"sliding window: patch {tuple(patch)}, batch {batch} and bucket {bucket} must be positive")
+        if not 0 <= overlap < 1:
+            raise UserError(f"sliding window: overlap {overlap} is outside [0, 1)")
         if not set(mirror_axes) <= {0, 1, 2}:
             raise UserError(f"sliding window: mirror axes {tuple(mirror_axes)} are not among 0, 1, 2")
         if combine not in ("logits", "probabilities"):
@@ -127,7 +138,7 @@ class SlidingWindow:
         flips = itertools.product(*((False, True) if axis in set(mirror_axes) else (False,) for axis in range(3)))
         self._flips = np.array(list(flips))
         self._canvas = self._rounded(canvas or self.patch)
-        self._program = jax.jit(self._run, static_argnames="limits")
+        self._program = jax.jit(self._run)
 
     def __call__(self, variables: Any, volume: np.ndarray) -> np.ndarray:
         """Result float32 `[X, Y, Z, K]` on the grid of `volume` `[X, Y, Z, C]`; a view of the canvas on CPU."""
@@ -137,11 +148,96 @@ class SlidingWindow:
         size = volume.shape[:3]
         padded = tuple(max(axis, patch) for axis, patch in zip(size, self.patch, strict=True))
         self._canvas = tuple(map(max, self._canvas, self._rounded(padded)))
-        canvas = np.zeros((*self._canvas, volume.shape[3]), volume.dtype)
+        canvas = _empty((*self._canvas, volume.shape[3]), volume.dtype)
         if padded != size:
             canvas[tuple(slice(axis) for axis in padded)] = self._pad_value
         inside = tuple(slice((p - s) // 2, (p - s) // 2 + s) for p, s in zip(padded, size, strict=True))
         canvas[inside] = volume
         starts, weights, counts = self._grid(padded)
-        result = self._program(variables, canvas, starts, weights, counts, limits=self._canvas)
+        result = self._program(variables, canvas, starts, weights, counts)
         return np.asarray(result).reshape(*self._canvas, self.channels_out)[inside]
+
+    def _rounded(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Smallest canvas of whole buckets that holds `size` and a window."""
+        return tuple(
+            math.ceil(max(axis, patch) / self._bucket) * self._bucket
+            for axis, patch in zip(size, self.patch, strict=True)
+        )
+
+    def _grid(self, size: Sequence[int]) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
+        """Per axis: starts int32 [n] and weights float32 [n, patch], n the most the canvas can need; and counts [3]."""
+        starts, weights, counts = [], [], []
+        for axis, (length, patch, profile) in enumerate(zip(size, self.patch, self._profiles, strict=True)):
+            here = positions(length, patch, self.overlap)
+            total = np.zeros(length)
+            for start in here:
+                total[start : start + patch] += profile
+            most = len(positions(self._canvas[axis], patch, self.overlap))
+            starts.append(np.zeros(most, np.int32))
+            weights.append(np.zeros((most, patch), np.float32))
+            starts[-1][: len(here)] = here
+            weights[-1][: len(here)] = [profile / total[start : start + patch] for start in here]
+            counts.append(len(here))
+        return starts, weights, np.array(counts, np.int32)
+
+    def _run(
+        self, variables: Any, canvas: jax.Array, starts: list[jax.Array], weights: list[jax.Array], counts: jax.Array
+    ) -> jax.Array:
+        """The compiled program: canvas [X, Y, Z, C] -> float32 [X, Y, Z * K]."""
+        self.compiles += 1  # runs when traced only
+        count = self.channels_out
+        # Z and K share an axis: rows long enough for vector code where K alone is not.
+        z_weights = jnp.repeat(weights[2], count, axis=1)
+        windows = counts.prod()
+
+        def step(number: jax.Array, result: jax.Array) -> jax.Array:
+            index = number * self._batch + jnp.arange(self._batch)
+            real = index < windows
+            index = jnp.minimum(index, windows - 1)
+            at = jnp.unravel_index(index, (counts[0], counts[1], counts[2]))
+            corner = [axis[place] for axis, place in zip(starts, at, strict=True)]  # 3 x [B]
+            batch = jnp.stack(
+                [
+                    lax.dynamic_slice(canvas, (*(axis[b] for axis in corner), 0), (*self.patch, canvas.shape[3]))
+                    for b in range(self._batch)
+                ]
+            )
+            outputs = self._predict(variables, batch).reshape(self._batch, *self.patch[:2], -1)
+            for b in range(self._batch):
+                x, y, z = (axis[b] for axis in corner)
+                weight = (weights[0][at[0][b]] * real[b])[:, None, None] * weights[1][at[1][b]][:, None]
+                added = outputs[b] * (weight * z_weights[at[2][b]])
+                origin = (x, y, z * count)
+                result = lax.dynamic_update_slice(
+                    result, lax.dynamic_slice(result, origin, added.shape) + added, origin
+                )
+            return result
+
+        empty = jnp.zeros((*canvas.shape[:2], canvas.shape[2] * count), jnp.float32)
+        return lax.fori_loop(0, (windows + self._batch - 1) // self._batch, step, empty)
+
+    def _predict(self, variables: Any, batch: jax.Array) -> jax.Array:
+        """Network output averaged over mirrors, float32 [B, *patch, K]."""
+
+        def once(x: jax.Array) -> jax.Array:
+            y = self._apply_fn(variables, x).astype(jnp.float32)
+            if y.shape != (*x.shape[:4], self.channels_out):
+                raise ValueError(f"the network's output is {y.shape}, not {(*x.shape[:4], self.channels_out)}")
+            return self._activation(y) if self._combine == "probabilities" else y
+
+        if len(self._flips) == 1:
+            return once(batch)
+        flips = jnp.asarray(self._flips)
+        axes = [axis for axis in range(3) if self._flips[:, axis].any()]
+
+        def flipped(x: jax.Array, flip: jax.Array) -> jax.Array:
+            for axis in axes:
+                x = jnp.where(flip[axis], jnp.flip(x, axis + 1), x)
+            return x
+
+        # A loop, not an unrolled sum: the network is compiled once, not 2, 4 or 8 times over.
+        def add(number: jax.Array, total: jax.Array) -> jax.Array:
+            return total + flipped(once(flipped(batch, flips[number])), flips[number])
+
+        empty = jnp.zeros((*batch.shape[:4], self.channels_out), jnp.float32)
+        return lax.fori_loop(0, len(self._flips), add, empty) / len(self._flips)

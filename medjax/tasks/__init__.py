@@ -35,6 +35,13 @@ class Task(Protocol):
     def classes(self) -> dict[str, tuple[int, ...]]:
         """What is scored: name -> values of the target it covers."""
 
+    @property
+    def paintable(self) -> bool:
+        """Whether a prediction fits in one label map."""
+
+    def paint(self, decoded: Any) -> np.ndarray:
+        """What `decode` returned as one label map."""
+
     def head(self) -> nn.Module:
         """From the pyramid to this task's outputs."""
 
@@ -52,7 +59,7 @@ class Task(Protocol):
         """Outputs of the head -> probabilities [..., K]."""
 
     def decode(self, outputs: np.ndarray, geometry: Any = None) -> Any:
-        """Probabilities on the prepared grid -> what a user reads, on the input's own grid (or, without, on this one)."""
+        """Probabilities on the prepared grid -> what a user reads, on the input's own grid (without: on this one)."""
 
     def score(self, prediction: Any, reference: Any, spacing: Sequence[float]) -> list[dict[str, Any]]:
         """Whole-case metrics of a decoded prediction: one row a class or region."""

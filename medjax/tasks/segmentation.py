@@ -128,18 +128,29 @@ class Segmentation:
         table = table.astype(np.min_scalar_type(int(table.max())))
         return table[outputs.argmax(-1) if geometry is None else geometry.labels_to_original(outputs)]
 
+    @property
+    def paintable(self) -> bool:
+        """Whether a prediction fits in one label map: labels do, regions if each has a label of its own."""
+        names = list(self.regions)
+        return all(len(self._own(names, i)) == 1 for i in range(len(names)))
+
+    def _own(self, names: list[str], i: int) -> list[str]:
+        """Labels of region i that are in no later region."""
+        later = {part for name in names[i + 1 :] for part in self.regions[name]}
+        return [part for part in self.regions[names[i]] if part not in later]
+
     def paint(self, decoded: np.ndarray) -> np.ndarray:
         """A single label map [x, y, z]: a region paints the value of the label that is in no later region."""
         if not self.regions:
             return decoded
         names = list(self.regions)
         out = np.zeros(decoded.shape[:3], np.min_scalar_type(max(self.foreground.values())))
-        for i, (name, parts) in enumerate(self.regions.items()):
-            own = [p for p in parts if not any(p in self.regions[later] for later in names[i + 1 :])]
+        for i, name in enumerate(names):
+            own = self._own(names, i)
             if len(own) != 1:
                 raise UserError(
                     f"config: tasks.{self.name}.regions.{name}: a label map needs exactly one label of its own in each "
-                    f"region (not in a later one); '{name}' has {own or 'none'}"
+                    f"region (not in a later one); '{name}' has {', '.join(own) or 'none'}"
                 )
             out[decoded[..., i]] = self.foreground[own[0]]
         return out

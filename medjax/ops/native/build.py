@@ -116,16 +116,17 @@ def _run_all(commands: list[list[str]], at_once: int) -> None:
             )
             for command in commands[first : first + at_once]
         ]
-        for process in running:
-            try:
-                output, _ = process.communicate(timeout=_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                for other in running:
-                    other.kill()
-                raise Unavailable(f"the compiler took more than {_TIMEOUT_S} s") from None
+        try:
+            said = [process.communicate(timeout=_TIMEOUT_S)[0] for process in running]
+        except subprocess.TimeoutExpired:
+            raise Unavailable(f"the compiler took more than {_TIMEOUT_S} s") from None
+        finally:
+            for process in running:
+                process.kill()  # nothing to a process that has ended
+        for process, output in zip(running, said, strict=True):
             if process.returncode:
-                said = next((line for line in output.splitlines() if "error" in line), output.strip()[-300:])
-                raise Unavailable(f"the build failed ({' '.join(process.args[:1])}): {said.strip()}")  # type: ignore[index]
+                error = next((line for line in output.splitlines() if "error" in line), output[-300:])
+                raise Unavailable(f"the build failed: {error.strip() or f'exit status {process.returncode}'}")
 
 
 def library() -> Path:

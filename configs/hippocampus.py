@@ -1,0 +1,52 @@
+"""Anterior and posterior hippocampus from T1 MR crops: Medical Segmentation Decathlon Task04.
+
+Data: a folder in Decathlon layout with `dataset.json` and `split.csv` (columns id, split), found at `data=` or else at
+`MEDJAX_DATA`/hippocampus or ../shared/data/hippocampus.
+
+Arguments: `debug` (a few steps), `data=FOLDER`.
+"""
+
+import os
+
+from ml_collections import ConfigDict
+
+from medjax.config import parse_arg
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, debug=False, data="")
+    config = ConfigDict()
+    config.data = ConfigDict(
+        {
+            "cohort": arg.data or os.path.join(os.environ.get("MEDJAX_DATA", "../shared/data"), "hippocampus"),
+            "split": {"file": "split.csv"},
+            "preprocess": {"spacing": (1.0, 1.0, 1.0), "normalize": "zscore"},
+            "patch": (40, 56, 40),
+            "batch_size": 8,
+            "foreground": 0.33,
+        }
+    )
+    config.augment = ConfigDict(
+        {
+            "mirror": (0, 1, 2),
+            "affine": {"p": 0.3, "rotate": 15.0, "scale": 0.15},
+            "brightness": {"p": 0.15},
+            "contrast": {"p": 0.15},
+            "gamma": {"p": 0.3},
+            "noise": {"p": 0.1},
+        }
+    )
+    config.model = ConfigDict({"name": "unet", "features": (32, 64, 128), "levels": 2})
+    config.tasks = ConfigDict({"hippocampus": {"type": "segmentation", "levels": 2}})
+    config.optim = ConfigDict(
+        {"name": "adamw", "lr": 2e-3, "weight_decay": 1e-2, "schedule": "cosine", "warmup": "30 steps", "ema": 0.995}
+    )
+    config.train = ConfigDict({"total": "700 steps", "eval_every": "100 steps", "checkpoint_every": "100 steps"})
+    config.eval = ConfigDict({"splits": ("val",)})
+    if arg.debug:
+        config.optim.warmup = "2 steps"
+        config.model.features = (8, 16, 32)
+        config.train = ConfigDict(
+            {"total": "6 steps", "log_every": "2 steps", "eval_every": "3 steps", "checkpoint_every": "3 steps"}
+        )
+    return config
