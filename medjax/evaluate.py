@@ -151,8 +151,10 @@ def draw(
             if name not in prepared.targets:
                 continue
             suffix = "" if len(run.tasks) == 1 else f"_{name}"
+            # What normalisation left at exactly 0 is outside the body: black, not mid-grey.
+            image = prepared.image[..., 0]
             pictures.overlay(
-                prepared.image[..., 0],
+                np.where(image == 0, image.min(), image),
                 prepared.targets[name],
                 task.paint(task.decode(probabilities[name])),
                 spacing=prepared.geometry.spacing,

@@ -250,6 +250,10 @@ def test_ignored_voxels_do_not_count(data):
     gradient = jax.jit(jax.grad(lambda x: dice_ce(x, marked, ignore=255).sum()))(logits)
     assert (np.asarray(gradient)[~mask] == 0).all()
     assert (np.abs(np.asarray(gradient)[mask]).sum(-1) > 0).all()
+    for dtype in (np.uint8, np.int64):
+        np.testing.assert_allclose(
+            dice_ce(logits, marked.astype(dtype), ignore=255), dice_ce(logits, labels, mask=mask), rtol=1e-6
+        )
     changed = np.where(mask[..., None], logits, 50.0)
     np.testing.assert_allclose(dice_ce(changed, marked, ignore=255), dice_ce(logits, marked, ignore=255), rtol=1e-6)
 

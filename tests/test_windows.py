@@ -129,6 +129,18 @@ def test_probabilities_are_averaged_after_the_activation():
     np.testing.assert_allclose(sigmoid, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_finish_runs_in_the_program_on_the_blended_result():
+    image, variables = volume(15, 12, 6, 2), {"scale": jnp.float32(2.0)}
+    plain = windows.SlidingWindow(curved, (8, 8, 8), 3)(variables, image)
+    run = windows.SlidingWindow(
+        curved, (8, 8, 8), 3, finish=lambda x: {"label": x.argmax(-1), "soft": jax.nn.softmax(x)[..., :2]}
+    )
+    result = run(variables, image)
+    np.testing.assert_array_equal(result["label"], plain.argmax(-1))
+    np.testing.assert_allclose(result["soft"], np.asarray(jax.nn.softmax(plain))[..., :2], rtol=1e-5)
+    assert run.compiles == 1
+
+
 def test_mirroring_changes_nothing_for_an_equivariant_network():
     image = volume(20, 17, 18, 2)
     plain = windows.SlidingWindow(lambda v, x: jnp.tanh(x), (8, 8, 8), 2)(None, image)

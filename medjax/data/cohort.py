@@ -82,7 +82,7 @@ class Cohort:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """'; did you mean ...?' for a word nearly in `known`, else the empty string."""
-    close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1)
+    close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -123,9 +123,7 @@ def from_msd(root: str | os.PathLike[str], task: str = "segmentation", group: st
         )
     for key in ("modality", "labels", "training"):
         if key not in table:
-            raise UserError(
-                f"{path}: key {key!r} is missing; a Decathlon dataset.json has modality, labels and training"
-            )
+            raise UserError(f"{path}: no key {key!r}; a Decathlon dataset.json has modality, labels and training")
     if not all(isinstance(table[key], dict) for key in ("modality", "labels")):
         raise UserError(f"{path}: modality and labels must be tables such as {{'0': 'MRI'}}")
     if not all(str(key).isdigit() for key in table["modality"]):
@@ -369,7 +367,7 @@ def _require_files(where: Path, cases: Iterable[Case]) -> None:
 def _require_unique(where: Path, cases: Iterable[Case]) -> None:
     if twice := [id for id, n in Counter(case.id for case in cases).items() if n > 1]:
         raise UserError(
-            f"{where}: the id {twice[0]!r} is there more than once ({len(twice)} such ids). Make ids unique."
+            f"{where}: the id {twice[0]!r} appears more than once ({len(twice)} such ids). Make ids unique."
         )
 
 

@@ -99,7 +99,7 @@ def read(path: str | os.PathLike[str]) -> Volume:
         shape = shape[:-1]
     data = _scale(raw.reshape(shape, order="F"), slope, inter)
     affine = _affine(header, path)
-    notes.extend(_geometry_notes(header, affine, shape, path))
+    notes.extend(_geometry_notes(header, affine, shape))
     nonfinite = count_nonfinite(data)
     volume = Volume(data, affine, path, header, nonfinite, tuple(notes))
     for note in notes:
@@ -484,8 +484,8 @@ def _parse(block: bytes, size: int, order: str, paired: bool, path: Path) -> tup
     if (np.asarray(header["pixdim"][1:4], np.float64) == 0).any():
         if int(header["sform_code"]) <= 0:
             raise UserError(
-                f"{path}: a voxel spacing in the header (pixdim) is 0, so voxels have no size. Set the scanner's spacing "
-                "in the header, or export the file again."
+                f"{path}: a voxel spacing in the header (pixdim) is 0, so voxels have no size. Set the scanner's "
+                "spacing in the header, or export the file again."
             )
         notes.append("a voxel spacing in the header (pixdim) is 0; the sform has it and is used")
     try:
@@ -545,7 +545,7 @@ def _affine(header: Any, path: Path) -> np.ndarray:
         ) from None
 
 
-def _geometry_notes(header: Any, affine: np.ndarray, shape: tuple[int, ...], path: Path) -> Iterator[str]:
+def _geometry_notes(header: Any, affine: np.ndarray, shape: tuple[int, ...]) -> Iterator[str]:
     qcode, scode = int(header["qform_code"]), int(header["sform_code"])
     if not qcode and not scode:
         yield (

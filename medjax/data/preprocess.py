@@ -40,6 +40,7 @@ _PERCENTILES = (0.5, 99.5)
 _SAME_SPACING = 1e-3  # relative: closer than this, voxels stay as they are and the geometry keeps the exact affine
 _FOREGROUND_PER_CASE = 20_000  # quantiles a case gives to the CT statistics, so that large organs do not outvote cases
 _PLAN_VERSION = 1
+_PIECE = 1 << 18
 _WILD_RATIO = 1000.0
 
 
@@ -86,16 +87,15 @@ class Geometry:
         """Of the prepared grid, mm."""
         return spacing_of(self.affine)
 
+    @property
+    def same_grid(self) -> bool:
+        """Whether the prepared voxels are the file's own (no resampling)."""
+        return self.shape == self.crop_shape and self.ratios == (1.0, 1.0, 1.0)
+
     def orient(self, array: np.ndarray) -> np.ndarray:
         """An array [x, y, z, ...] on the file's grid in oriented axis order, as a view."""
         rest = range(3, array.ndim)
         return array.transpose(*self.permutation, *rest)[tuple(_step(f) for f in self.flips)]
-
-    def unorient(self, array: np.ndarray) -> np.ndarray:
-        """The inverse of `orient`, as a view."""
-        rest = range(3, array.ndim)
-        inverse = (int(i) for i in np.argsort(self.permutation))
-        return array[tuple(_step(f) for f in self.flips)].transpose(*inverse, *rest)
 
     @property
     def crop(self) -> tuple[slice, slice, slice]:
@@ -158,8 +158,9 @@ class Geometry:
         """A label map [X, Y, Z] of integers on the file's grid [x, y, z], for when its probabilities are gone."""
         labels = self._on_prepared(labels, 3)
         inverse = tuple(1 / r for r in self.ratios)
-        same = self.shape == self.crop_shape and self.ratios == (1.0, 1.0, 1.0)
-        return self._placed(labels if same else resample_labels(labels, self.crop_shape, inverse), background)
+        if not self.same_grid:
+            labels = resample_labels(labels, self.crop_shape, inverse)
+        return self._placed(labels, background)
 
     def to_json(self) -> str:
         """As JSON text; floats keep every bit."""
@@ -304,9 +305,9 @@ class Plan:
                 scales.append(0.0)
                 continue
             cropped = geometry.orient(data[..., channel])[geometry.crop]
-            # One memory order whatever the file's: sums, and so the result, then agree to the bit.
+            # One memory order whatever the file's: sums, and so the result, then agree to the bit. And a copy.
             with np.errstate(over="ignore"):
-                values = np.ascontiguousarray(cropped, np.float32)
+                values = _copied(cropped, np.float32)
             low, high = float(values.min()), float(values.max())
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise UserError(f"{called[channel]}: values beyond the range of float32 (3.4e38). Rescale the image.")
@@ -369,27 +370,36 @@ class Plan:
         return self.geometry(images.shape, images.affine, box)
 
     def _finish(self, values: np.ndarray, modality: str, geometry: Geometry, name: str) -> np.ndarray:
-        """Resamples and normalises one channel [*crop_shape] float32 -> [*shape] float32."""
+        """Resamples and normalises one channel [*crop_shape] float32, which it may overwrite -> [*shape] float32."""
         kind = self.normalize[modality]
-        mask = None
-        if kind == "zscore_nonzero":  # before interpolation blurs the border of the zeros
-            mask = resample((values != 0).astype(np.uint8), geometry.shape, geometry.ratios, order=0) != 0
-        values = resample(values, geometry.shape, geometry.ratios, order=3)
+        mask = values != 0 if kind == "zscore_nonzero" else None  # before interpolation blurs the border of the zeros
+        if not geometry.same_grid:
+            values = resample(values, geometry.shape, geometry.ratios, order=3)
+            if mask is not None:
+                mask = resample(mask, geometry.shape, geometry.ratios, order=0)
         if kind == "none":
             return values
         if kind == "percentile":
             low, high = (np.float32(v) for v in np.percentile(values, _PERCENTILES))
             if not high > low:
                 low, high = values.min(), values.max()
-            return (np.clip(values, low, high) - low) / _positive(high - low, name, kind)
-        if kind == "ct":
+            np.clip(values, low, high, out=values)
+            mean, std = float(low), float(high - low)
+        elif kind == "ct":
             known = self.foreground[modality]
-            values = np.clip(values, np.float32(known["lower"]), np.float32(known["upper"]))
-            return (values - np.float32(known["mean"])) / np.float32(max(known["std"], 1e-8))
-        inside = values if mask is None else values[mask]
-        mean = inside.mean(dtype=np.float64)
-        values = (values - np.float32(mean)) / _positive(inside.std(dtype=np.float64), name, kind)
-        return values if mask is None else np.where(mask, values, np.float32(0))
+            np.clip(values, np.float32(known["lower"]), np.float32(known["upper"]), out=values)
+            mean, std = known["mean"], known["std"]
+        else:
+            mean, std = _moments(values if mask is None else values[mask])
+        if not std > 0:
+            raise UserError(
+                f"{name}: constant where normalize={kind!r} measures it. Choose another normalisation for it."
+            )
+        values -= np.float32(mean)
+        values /= np.float32(std)
+        if mask is not None:
+            values[~mask] = 0
+        return values
 
     def _target(self, volume: Volume, geometry: Geometry) -> np.ndarray:
         oriented = geometry.orient(volume.data)
@@ -399,8 +409,8 @@ class Plan:
                 f"{volume.name}: {lost} labelled voxels lie where the image is 0 and are cropped (crop='nonzero')"
             )
         dtype = next(d for d in (np.uint8, np.uint16, np.int32) if int(labels.max()) <= np.iinfo(d).max)
-        labels = np.ascontiguousarray(labels, dtype)
-        if geometry.shape == geometry.crop_shape and geometry.ratios == (1.0, 1.0, 1.0):
+        labels = _copied(labels, dtype)
+        if geometry.same_grid:
             return labels
         return resample_labels(labels, geometry.shape, geometry.ratios)
 
@@ -409,10 +419,21 @@ def _three(numbers: Sequence[int]) -> tuple[int, int, int]:
     return int(numbers[0]), int(numbers[1]), int(numbers[2])
 
 
-def _positive(value: Any, name: str, kind: str) -> np.float32:
-    if not value > 0:
-        raise UserError(f"{name}: constant where normalize={kind!r} measures it. Choose another normalisation for it.")
-    return np.float32(value)
+def _copied(array: np.ndarray, dtype: Any) -> np.ndarray:
+    """A C-contiguous copy of [X, Y, Z]; a few rows at a time, which keeps a file's Fortran order inside the cache."""
+    out = np.empty(array.shape, dtype)
+    for row in range(0, array.shape[1], 8):
+        out[:, row : row + 8] = array[:, row : row + 8]
+    return out
+
+
+def _moments(values: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation in float64, piece by piece: no float64 copy of the whole."""
+    flat = values.reshape(-1)
+    pieces = [flat[i : i + _PIECE] for i in range(0, flat.size, _PIECE)]
+    mean = sum(float(piece.sum(dtype=np.float64)) for piece in pieces) / flat.size
+    squares = sum(float(np.square(piece - mean, dtype=np.float64).sum()) for piece in pieces)
+    return mean, math.sqrt(squares / flat.size)
 
 
 def _large_value(values: np.ndarray) -> float:

@@ -191,7 +191,7 @@ def brain_cohort(
             }
             for number, name in enumerate(ids)
         ]
-        n_workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
+        n_workers = min(workers or _n_cpus(), len(jobs))
         with _Progress(len(jobs), f"synthetic cohort {target}", progress) as bar:
             if n_workers == 1:
                 for job in jobs:
@@ -457,7 +457,7 @@ def _draw_foci(
         sites = template.sites if site is None else np.asarray(site, float)[None]
         world = pose.to_patient(sites)
         radius = scale * (rng.uniform(11.5, 22) if k == 0 else rng.uniform(6, 10))
-        if k:
+        if foci:
             apart = np.linalg.norm(world - foci[0].centre, axis=1)
             world = world[(apart > foci[0].radius + radius + 12) & (apart < 80)]
             if not len(world):
@@ -581,9 +581,9 @@ def _render(
 def _template_paths() -> dict[str, Path]:
     """The three files inside the nilearn wheel, found without importing nilearn (1.8 s)."""
     spec = importlib.util.find_spec("nilearn")
-    roots = list(spec.submodule_search_locations or []) if spec else []
-    paths = {key: Path(root) / _TEMPLATE_FILE.format(key) for root in roots for key in ("t1", "gm", "wm")}
-    if not paths or not all(path.exists() for path in paths.values()):
+    roots = (spec.submodule_search_locations if spec else None) or [""]
+    paths = {key: Path(roots[0]) / _TEMPLATE_FILE.format(key) for key in ("t1", "gm", "wm")}
+    if spec is None or not all(path.exists() for path in paths.values()):
         raise UserError(
             "the synthetic cohort needs the MNI152 template inside the package nilearn, which "
             f"{'lacks it' if spec else 'is not installed'}; pip install 'nilearn>=0.12,<0.16'"
@@ -729,6 +729,11 @@ def _remove_stale(cache: Path, name: str) -> None:
 # ---- processes
 
 
+def _n_cpus() -> int:
+    """CPUs that this process may use; macOS cannot tell and counts all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class _Progress:
     """A bar on a terminal, else a line for every eighth of the work, on standard error."""
 
@@ -797,25 +802,29 @@ def _run_workers(jobs: Sequence[dict[str, Any]], n_workers: int, advance: Callab
                 errors.seek(0)
                 failures.append(f"case {job['id']}, exit code {process.returncode}:\n{errors.read()[-2000:]}")
 
-    processes, threads, logs = [], [], []
+    processes: list[subprocess.Popen[str]] = []
+    threads: list[threading.Thread] = []
+    logs: list[IO[str]] = []
+    finished = False
     try:
         for _ in range(n_workers):
-            log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed below, with all of them)
-            logs.append(log)
-            processes.append(
-                subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-                )
-            )
-            threads.append(threading.Thread(target=feed, args=(processes[-1], log), daemon=True))
+            logs.append(tempfile.TemporaryFile("w+"))  # noqa: SIM115 (closed below, with all of them)
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=logs[-1], text=True, env=environment)
+            processes.append(process)
+            threads.append(threading.Thread(target=feed, args=(process, logs[-1]), daemon=True))
             threads[-1].start()
         for thread in threads:
             thread.join()
+        finished = not failures
     finally:
-        for process in processes:
-            if failures or sys.exc_info()[0]:
+        if not finished:
+            for process in processes:
                 process.kill()
-            process.communicate()
+        for thread in threads:
+            thread.join()
+        for process in processes:
+            process.communicate()  # closes its standard input, at which it ends
         for log in logs:
             log.close()
     if failures:

@@ -19,12 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src import dispatch as _dispatch
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.interpreters import ad
 
 from medjax.ops import native
+from medjax.ops.native import lowering
 
 Triple = tuple[int, int, int]
 Pads = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -286,227 +285,104 @@ def _native_filter_grad(x: Array, g: Array, *, kernel: Triple, window: _Window) 
     return _call("medjax_conv3d_filter_grad", shape, x, g, window=window)
 
 
-# --- sharding on a mesh of CPU devices -------------------------------------------------------------------------------
-# The partitioner cannot look into a native call and would gather its operands. It is told that the batch axis may stay
-# split; everything else is replicated. Other platforms run XLA's own operations, which it knows.
-
-
-@functools.cache
-def _partitioned(kind: str, parameters: tuple[tuple[str, Any], ...]) -> Any:
-    from jax.experimental.custom_partitioning import custom_partitioning
-
-    def function(*operands: Array) -> Array:
-        return _KINDS[kind].native(*operands, **dict(parameters))
-
-    def batch_axis(arrays: Any) -> Any:
-        spec = arrays[0].sharding.spec
-        return spec[0] if len(spec) else None
-
-    def shardings(mesh: Any, axis: Any, operands: int) -> tuple[Any, tuple[Any, ...]]:
-        split, whole = NamedSharding(mesh, PartitionSpec(axis)), NamedSharding(mesh, PartitionSpec())
-        if kind == "filter_grad":
-            return whole, (split, split)
-        return split, (split, *[whole] * (operands - 1))
-
-    def partition(mesh: Any, operands: Any, result: Any) -> Any:
-        axis = batch_axis(operands)
-        out, ins = shardings(mesh, axis, len(operands))
-
-        def shard(*arrays: Array) -> Array:
-            y = function(*arrays)
-            return lax.psum(y, axis) if kind == "filter_grad" and axis is not None else y
-
-        return mesh, shard, out, ins
-
-    def infer(mesh: Any, operands: Any, result: Any) -> Any:
-        return shardings(mesh, batch_axis(operands), len(operands))[0]
-
-    rule = {
-        "conv": "n x y z c, i j k d o -> n p q r f",
-        "conv_bias": "n x y z c, i j k d o, b -> n p q r f",
-        "input_grad": "n x y z c, i j k d o -> n p q r f",
-        "filter_grad": "n x y z c, n p q r f -> i j k d o",
-    }[kind]
-    factors = [f for f in dict.fromkeys(rule.replace("->", " ").replace(",", " ").split()) if f != "n"]
-    call = custom_partitioning(function)
-    call.def_partition(
-        partition,
-        infer_sharding_from_operands=infer,
-        sharding_rule=rule,
-        need_replication_factors=tuple(factors),
-        reduction_factors=("n",) if kind == "filter_grad" else (),
-    )
-    return call
-
-
 # --- primitives ------------------------------------------------------------------------------------------------------
 
 
-class _Kind(NamedTuple):
-    native: Any
-    xla: Any
+def _listed(function: Any) -> Any:
+    return lambda *operands, **parameters: [function(*operands, **parameters)]
 
 
-_KINDS = {
-    "conv": _Kind(_native_conv, _xla_conv),
-    "conv_bias": _Kind(_native_conv, _xla_conv),
-    "input_grad": _Kind(_native_input_grad, _xla_input_grad),
-    "filter_grad": _Kind(_native_filter_grad, _xla_filter_grad),
-}
-_NATIVE_TYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+def _without_cropping(*avals: Any, window: _Window, **_: Any) -> bool:
+    return min(min(pair) for pair in window.padding) >= 0
 
 
-def _varying(x: Any) -> frozenset[str]:
-    """Axes of a `shard_map` over which `x` differs."""
-    aval = jax.typeof(x)
-    kind = getattr(aval, "manual_axis_type", None)
-    return frozenset(kind.varying if kind is not None else getattr(aval, "vma", ()))
-
-
-def _same_variance(operands: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Inside a `shard_map`, marks every operand as varying over the axes any of them varies over."""
-    axes = [_varying(x) for x in operands]
-    everywhere = frozenset().union(*axes)
-    return tuple(
-        lax.pcast(x, tuple(everywhere - own), to="varying") if own != everywhere else x
-        for x, own in zip(operands, axes, strict=True)
+_conv_p = lowering.primitive(
+    lowering.Kernel(
+        "conv3d",
+        operands=(True, False, False),
+        results=(True,),
+        abstract=lambda x, w, *_, window: [lowering.result_type(x, _conv_shape(x, w, window))],
+        xla=_listed(_xla_conv),
+        native=_listed(_native_conv),
+        accepts=_without_cropping,
     )
-
-
-def _bind(primitive: Primitive, *operands: Array, **parameters: Any) -> Array:
-    return primitive.bind(*_same_variance(operands), **parameters)
-
-
-def _abstract(kind: str) -> Any:
-    """The result's type. All operands have rank 5, so the first's sharding and variance carry over."""
-
-    def evaluate(first: Any, second: Any, *_: Any, window: _Window, space: Any = None, kernel: Any = None) -> Any:
-        if kind == "conv":
-            return first.update(shape=_conv_shape(first, second, window), weak_type=False)
-        if kind == "input_grad":
-            return first.update(shape=_input_shape(first, second, space, window), weak_type=False)
-        whole = first.sharding.update(spec=PartitionSpec(*[None] * 5))
-        return first.update(shape=_filter_shape(first, second, kernel, window), weak_type=False, sharding=whole)
-
-    return evaluate
-
-
-def _eager(primitive: Primitive) -> Any:
-    @functools.cache
-    def compiled(parameters: tuple[tuple[str, Any], ...]) -> Any:
-        return jax.jit(functools.partial(primitive.bind, **dict(parameters)))
-
-    return lambda *operands, **parameters: compiled(tuple(sorted(parameters.items())))(*operands)
-
-
-def _runs_native(avals: Sequence[Any], window: _Window) -> bool:
-    return (
-        all(isinstance(size, int) for aval in avals for size in aval.shape)  # not shape-polymorphic
-        and avals[0].dtype in _NATIVE_TYPES
-        and min(min(pair) for pair in window.padding) >= 0
-        and native.available()
+)
+_input_grad_p = lowering.primitive(
+    lowering.Kernel(
+        "conv3d_input_grad",
+        operands=(True, False),
+        results=(True,),
+        abstract=lambda g, w, *, space, window: [lowering.result_type(g, _input_shape(g, w, space, window))],
+        xla=_listed(_xla_input_grad),
+        native=_listed(_native_input_grad),
+        accepts=_without_cropping,
     )
+)
+_filter_grad_p = lowering.primitive(
+    lowering.Kernel(
+        "conv3d_filter_grad",
+        operands=(True, True),
+        results=(False,),
+        abstract=lambda x, g, *, kernel, window: [
+            lowering.result_type(x, _filter_shape(x, g, kernel, window), batched=False)
+        ],
+        xla=_listed(_xla_filter_grad),
+        native=_listed(_native_filter_grad),
+        accepts=_without_cropping,
+    )
+)
 
 
-def _lowering_for_cpu(kind: str) -> Any:
-    def rule(ctx: Any, *operands: Any, window: _Window, **parameters: Any) -> Any:
-        name = "conv_bias" if kind == "conv" and len(operands) == 3 else kind
-        parameters["window"] = window
-        if not _runs_native(ctx.avals_in, window):
-            function = functools.partial(_KINDS[name].xla, **parameters)
-        elif _split_by_the_partitioner(ctx):
-            function = _partitioned(name, tuple(sorted(parameters.items())))
-        else:
-            function = functools.partial(_KINDS[name].native, **parameters)
-        return mlir.lower_fun(function, multiple_results=False)(ctx, *operands)
-
-    return rule
-
-
-def _split_by_the_partitioner(ctx: Any) -> bool:
-    """Whether the program is for several devices; inside a full `shard_map` the shapes are one device's already."""
-    axes = ctx.module_context.axis_context
-    if isinstance(axes, mlir.SPMDAxisContext):
-        return frozenset(axes.mesh.axis_names) != frozenset(axes.manual_axes)
-    return getattr(axes, "num_devices", 1) != 1
-
-
-def _primitive(kind: str) -> Primitive:
-    primitive = Primitive(f"medjax_{kind}")
-    xla = _KINDS[kind].xla
-    primitive.def_impl(_eager(primitive))
-    primitive.def_abstract_eval(_abstract(kind))
-    # Rules per platform are what `lax.platform_dependent` is made of. A rule, unlike its branch, runs only when a
-    # program is lowered for the CPU: nothing is built on a host that computes elsewhere.
-    mlir.register_lowering(primitive, mlir.lower_fun(xla, multiple_results=False))
-    mlir.register_lowering(primitive, _lowering_for_cpu(kind), platform="cpu")
-    batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
-    return primitive
-
-
-def _batch(
-    primitive: Primitive, operands: Sequence[Array], axes: Sequence[Any], **parameters: Any
-) -> tuple[Array, int]:
-    """vmap: mapped images join the batch axis; mapped filters (or a mapped product of images) run one after another."""
-    mapped = [axis is not None for axis in axes]
-    if mapped[0] and not any(mapped[1:]) and primitive is not _filter_grad_p:
-        x = jnp.moveaxis(operands[0], axes[0], 0)
-        y = _bind(primitive, x.reshape(-1, *x.shape[2:]), *operands[1:], **parameters)
-        return y.reshape(*x.shape[:2], *y.shape[1:]), 0
-    moving = tuple(jnp.moveaxis(x, a, 0) for x, a, m in zip(operands, axes, mapped, strict=True) if m)
-
-    def one(slices: tuple[Array, ...]) -> Array:
-        parts = iter(slices)
-        return _bind(primitive, *(next(parts) if m else x for x, m in zip(operands, mapped, strict=True)), **parameters)
-
-    return lax.map(one, moving), 0
-
-
-_conv_p = _primitive("conv")
-_input_grad_p = _primitive("input_grad")
-_filter_grad_p = _primitive("filter_grad")
-# `custom_partitioning` wants to know the devices while a program is lowered, and only a look into this set tells JAX
-# that the primitives will use it. There is no public name for it (JAX's own cuDNN attention does the same).
-_dispatch.prim_requires_devices_during_lowering.update((_conv_p, _input_grad_p, _filter_grad_p))
+def _bind(primitive: Primitive, /, *operands: Array, **parameters: Any) -> Array:
+    return lowering.bind(primitive, *operands, **parameters)[0]
 
 
 # Derivatives. Each primitive is linear in either operand; a bias is added and has the derivative of an addition.
 
 
-def _conv_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, window: _Window) -> tuple[Array, Any]:
+def _conv_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, window: _Window) -> tuple[list[Array], list[Any]]:
     x, w, *bias = primals
     y = _bind(_conv_p, *primals, window=window)
     terms = []
     if type(tangents[0]) is not ad.Zero:
-        terms.append(_bind(_conv_p, tangents[0], w, window=window))
+        terms.append(_conv(tangents[0], w, window))
     if type(tangents[1]) is not ad.Zero:
-        terms.append(_bind(_conv_p, x, tangents[1], window=window))
+        terms.append(_conv(x, tangents[1], window))
     if bias and type(tangents[2]) is not ad.Zero:
         terms.append(jnp.broadcast_to(tangents[2], y.shape))
-    return y, functools.reduce(lax.add, terms)
+    return [y], [functools.reduce(lax.add, terms)]
 
 
 def _bilinear(primitive: Primitive, to_left: Any, to_right: Any) -> None:
-    """Transposes of a primitive of two operands: `to_left(g, left_aval, right)`, `to_right(g, left, right_aval)`."""
+    """Rules of a primitive linear in each of two operands.
 
-    def transpose(g: Any, left: Any, right: Any, *none: Any, **parameters: Any) -> tuple[Any, ...]:
+    `to_left(g, left, right, **parameters)` and `to_right(...)` transpose it, given the type of the operand asked for.
+    """
+
+    def jvp(primals: Sequence[Array], tangents: Sequence[Any], **parameters: Any) -> tuple[list[Array], list[Any]]:
+        terms = [
+            _bind(primitive, *primals[:i], tangent, *primals[i + 1 :], **parameters)
+            for i, tangent in enumerate(tangents)
+            if type(tangent) is not ad.Zero
+        ]
+        return [_bind(primitive, *primals, **parameters)], [functools.reduce(lax.add, terms)]
+
+    def transpose(cotangents: Sequence[Any], left: Any, right: Any, **parameters: Any) -> tuple[Any, Any]:
+        (g,) = cotangents
         if ad.is_undefined_primal(left):
-            if type(g) is ad.Zero:
-                return ad.Zero(left.aval), None
-            return to_left(g, left.aval, right, parameters["window"]), None
-        if type(g) is ad.Zero:
-            return None, ad.Zero(right.aval)
-        return None, to_right(g, left, right.aval, parameters["window"])
+            return (ad.Zero(left.aval) if type(g) is ad.Zero else to_left(g, left.aval, right, **parameters)), None
+        return None, (ad.Zero(right.aval) if type(g) is ad.Zero else to_right(g, left, right.aval, **parameters))
 
+    ad.primitive_jvps.setdefault(primitive, jvp)
     ad.primitive_transposes[primitive] = transpose
 
 
-def _space(aval: Any) -> Triple:
-    return aval.shape[1:4]
+def _space(x: Any) -> Triple:
+    return x.shape[1:4]
 
 
-def _kernel(aval: Any) -> Triple:
-    return aval.shape[:3]
+def _kernel(w: Any) -> Triple:
+    return w.shape[:3]
 
 
 def _conv(x: Array, w: Array, window: _Window) -> Array:
@@ -524,16 +400,16 @@ def _filter_grad(x: Array, g: Array, kernel: Triple, window: _Window) -> Array:
 ad.primitive_jvps[_conv_p] = _conv_jvp
 _bilinear(
     _conv_p,
-    lambda g, x, w, window: _input_grad(g, w, _space(x), window),
-    lambda g, x, w, window: _filter_grad(x, g, _kernel(w), window),
+    lambda g, x, w, *, window: _input_grad(g, w, _space(x), window),
+    lambda g, x, w, *, window: _filter_grad(x, g, _kernel(w), window),
 )
-ad.defbilinear(
+_bilinear(
     _input_grad_p,
     lambda u, g, w, *, space, window: _conv(u, w, window),
-    lambda u, g, w, *, space, window: _filter_grad(u, g, _kernel(w.aval), window),
+    lambda u, g, w, *, space, window: _filter_grad(u, g, _kernel(w), window),
 )
-ad.defbilinear(
+_bilinear(
     _filter_grad_p,
-    lambda v, x, g, *, kernel, window: _input_grad(g, v, _space(x.aval), window),
+    lambda v, x, g, *, kernel, window: _input_grad(g, v, _space(x), window),
     lambda v, x, g, *, kernel, window: _conv(x, v, window),
 )

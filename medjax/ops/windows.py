@@ -90,6 +90,8 @@ class SlidingWindow:
         combine: What is averaged over windows and mirrors: 'logits' (as nnU-Net does; the result is logits) or
             'probabilities' (the result is probabilities).
         activation: For 'probabilities': from logits to probabilities, over the last axis.
+        finish: Last step of the compiled program, from the blended `[X, Y, Z, K]` to an array or a tree of arrays
+            `[X, Y, Z, ...]`, voxel by voxel (it is given the whole canvas): a softmax, an argmax, a split by task.
         canvas: Smallest canvas in voxels, say the largest size in the cohort.
         bucket: Canvas sizes are multiples of this.
         pad_value: What a volume smaller than the patch is padded with, evenly on both sides. 0 is right for
@@ -111,6 +113,7 @@ class SlidingWindow:
         mirror_axes: Sequence[int] = (),
         combine: Literal["logits", "probabilities"] = "logits",
         activation: Callable[[jax.Array], jax.Array] = jax.nn.softmax,
+        finish: Callable[[jax.Array], Any] | None = None,
         canvas: Sequence[int] | None = None,
         bucket: int = 32,
         pad_value: float = 0.0,
@@ -132,6 +135,7 @@ class SlidingWindow:
         self._batch = batch
         self._combine = combine
         self._activation = activation
+        self._finish = finish
         self._bucket = bucket
         self._pad_value = pad_value
         self._profiles = [_profile(size, sigma_scale) for size in self.patch]
@@ -140,8 +144,11 @@ class SlidingWindow:
         self._canvas = self._rounded(canvas or self.patch)
         self._program = jax.jit(self._run)
 
-    def __call__(self, variables: Any, volume: np.ndarray) -> np.ndarray:
-        """Result float32 `[X, Y, Z, K]` on the grid of `volume` `[X, Y, Z, C]`; a view of the canvas on CPU."""
+    def __call__(self, variables: Any, volume: np.ndarray) -> Any:
+        """Result for a volume `[X, Y, Z, C]`: float32 `[X, Y, Z, K]` on its grid, or what `finish` makes of that.
+
+        The arrays are NumPy's, read-only, and views into the canvas.
+        """
         volume = np.asarray(volume)
         if volume.ndim != 4:
             raise UserError(f"sliding window: expected a volume [X, Y, Z, C], not shape {volume.shape}")
@@ -155,7 +162,7 @@ class SlidingWindow:
         canvas[inside] = volume
         starts, weights, counts = self._grid(padded)
         result = self._program(variables, canvas, starts, weights, counts)
-        return np.asarray(result).reshape(*self._canvas, self.channels_out)[inside]
+        return jax.tree.map(lambda array: np.asarray(array)[inside], result)
 
     def _rounded(self, size: Sequence[int]) -> tuple[int, ...]:
         """Smallest canvas of whole buckets that holds `size` and a window."""
@@ -182,8 +189,8 @@ class SlidingWindow:
 
     def _run(
         self, variables: Any, canvas: jax.Array, starts: list[jax.Array], weights: list[jax.Array], counts: jax.Array
-    ) -> jax.Array:
-        """The compiled program: canvas [X, Y, Z, C] -> float32 [X, Y, Z * K]."""
+    ) -> Any:
+        """The compiled program: canvas [X, Y, Z, C] -> float32 [X, Y, Z, K], finished."""
         self.compiles += 1  # runs when traced only
         count = self.channels_out
         # Z and K share an axis: rows long enough for vector code where K alone is not.
@@ -214,7 +221,9 @@ class SlidingWindow:
             return result
 
         empty = jnp.zeros((*canvas.shape[:2], canvas.shape[2] * count), jnp.float32)
-        return lax.fori_loop(0, (windows + self._batch - 1) // self._batch, step, empty)
+        result = lax.fori_loop(0, (windows + self._batch - 1) // self._batch, step, empty)
+        result = result.reshape(*canvas.shape[:3], count)
+        return result if self._finish is None else self._finish(result)
 
     def _predict(self, variables: Any, batch: jax.Array) -> jax.Array:
         """Network output averaged over mirrors, float32 [B, *patch, K]."""

@@ -17,7 +17,14 @@ from medjax.errors import UserError, warn_once
 from medjax.ops.native import build
 from medjax.ops.native.cpus import usable_cpus
 
-_TARGETS = ("medjax_conv3d", "medjax_conv3d_bias", "medjax_conv3d_input_grad", "medjax_conv3d_filter_grad")
+_TARGETS = (
+    "medjax_conv3d",
+    "medjax_conv3d_bias",
+    "medjax_conv3d_input_grad",
+    "medjax_conv3d_filter_grad",
+    "medjax_instance_norm",
+    "medjax_instance_norm_grad",
+)
 # dnnl_cpu_isa_t is a bit mask; a set contains another when it has all of its bits.
 _AVX2, _AVX512, _AVX512_BF16, _AMX = 0x7, 0x27, 0xE7, 0xFEF
 _local = threading.local()

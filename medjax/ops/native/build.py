@@ -19,10 +19,10 @@ from pathlib import Path
 from medjax.ops.native.cpus import usable_cpus
 
 _HERE = Path(__file__).resolve().parent
-_SOURCES = ("team.cc", "conv3d.cc")
+_SOURCES = ("team.cc", "conv3d.cc", "norm.cc")
 _HEADERS = ("team.h",)
 _RUNTIME_WHEEL, _HEADER_WHEEL = "onednn-cpu-gomp", "onednn-devel-cpu-gomp"
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-w")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-w")
 _TIMEOUT_S = 600
 
 
@@ -73,7 +73,9 @@ def _key() -> str:
     for name in (*_SOURCES, *_HEADERS):
         digest.update((_HERE / name).read_bytes())
     versions = (importlib.metadata.version("jaxlib"), onednn_version())
-    digest.update(repr((_FLAGS, versions, os.environ.get("CXX"), platform.libc_ver())).encode())
+    # For `-march=native`: a cache in a home directory may serve hosts of different kinds.
+    flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
+    digest.update(repr((flags, _FLAGS, versions, os.environ.get("CXX"), platform.libc_ver())).encode())
     return digest.hexdigest()[:20]
 
 
