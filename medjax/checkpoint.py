@@ -6,14 +6,21 @@ Two managers, so that keeping the best never evicts the latest: `<workdir>/check
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from medjax.errors import UserError
+
+# Room a save leaves on the disk beside the state's own bytes: metadata, and what else the run writes meanwhile.
+_SPARE_BYTES = 1 << 20
 
 
 class Checkpoints:
@@ -26,13 +33,18 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").addFilter(_not_orbax)
         self._ocp = ocp
         self._folder = workdir.resolve() / "checkpoints"
         self._managers = {
             kind: ocp.CheckpointManager(
                 self._folder / kind,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep, create=not read_only, read_only=read_only, enable_async_checkpointing=True
+                    max_to_keep=keep,
+                    create=not read_only,
+                    read_only=read_only,
+                    cleanup_tmp_directories=not read_only,  # what a killed save left
+                    enable_async_checkpointing=True,
                 ),
                 item_handlers={"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
             )
@@ -41,25 +53,50 @@ class Checkpoints:
         }
 
     def save(self, kind: str, step: int, state: Any, meta: Mapping[str, Any]) -> None:
-        """Starts to write a checkpoint ('latest' or 'best'); returns when the arrays are copied, not when written."""
+        """Starts to write a checkpoint ('latest' or 'best'); returns when the arrays are copied, not when written.
+
+        Raises UserError when the disk has no room or refuses; a failure while writing comes with the next call.
+        """
         ocp, manager = self._ocp, self._managers[kind]
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(dict(meta)))
-        try:
+        with self._writing():
+            manager.wait_until_finished()
             # After a kill between two saves the same step may come again: it replaces what is there.
             if step in manager.all_steps():
-                manager.wait_until_finished()
                 manager.delete(step)
+            needed = sum(x.nbytes for x in jax.tree.leaves(state) if hasattr(x, "nbytes")) + _SPARE_BYTES
+            free = shutil.disk_usage(self._folder).free
+            if free < needed:
+                raise UserError(
+                    f"{self._folder / kind / str(step)}: no room on the disk for the checkpoint: it needs "
+                    f"{needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free. Free some room and give the same command "
+                    "again: the run goes on from its newest checkpoint."
+                )
             manager.save(step, args=args, force=True)
-        except OSError as error:
-            raise UserError(f"{self._folder}: cannot write the checkpoint of step {step}: {error}") from error
 
     def wait(self) -> None:
         """Returns when everything is on disk."""
         for manager in self._managers.values():
-            try:
+            with self._writing():
                 manager.wait_until_finished()
-            except OSError as error:
-                raise UserError(f"{self._folder}: cannot write a checkpoint: {error}") from error
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns what a full or broken disk raises into a UserError, and leaves nothing half-written."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            # Orbax passes on the array writer's errors as ValueError, with the system's code in the text.
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            if code is None and not isinstance(error, OSError):
+                raise
+            reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or str(error)
+            for left in self._folder.glob("*/*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(left, ignore_errors=True)
+            raise UserError(
+                f"{self._folder}: cannot write a checkpoint: {reason}. Free some room or repair the disk and give the "
+                "same command again: the run goes on from its newest checkpoint."
+            ) from error
 
     def close(self) -> None:
         self.wait()
@@ -73,7 +110,8 @@ class Checkpoints:
     def meta(self, kind: str, step: int) -> dict[str, Any]:
         """The JSON part alone."""
         ocp = self._ocp
-        return self._managers[kind].restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        with self._reading(kind, step):
+            return self._managers[kind].restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
     def restore_parameters(self, kind: str, step: int, like: Any) -> Any:
         """Only the parameters to evaluate: the averaged ones where the run kept an average."""
@@ -94,12 +132,27 @@ class Checkpoints:
         ocp = self._ocp
         restore = ocp.checkpoint_utils.construct_restore_args(like)
         args = ocp.args.PyTreeRestore(like, restore_args=restore, partial_restore=True)
-        return self._managers[kind].restore(step, args=ocp.args.Composite(state=args)).state
+        with self._reading(kind, step):
+            return self._managers[kind].restore(step, args=ocp.args.Composite(state=args)).state
 
     def _stored(self, kind: str, step: int) -> Any:
         """Shapes and types of the arrays of a checkpoint."""
-        found = self._managers[kind].item_metadata(step).state
-        return getattr(found, "tree", found)
+        with self._reading(kind, step):
+            found = self._managers[kind].item_metadata(step).state
+            return found.tree
+
+    @contextlib.contextmanager
+    def _reading(self, kind: str, step: int) -> Iterator[None]:
+        """Turns what a damaged checkpoint raises into a UserError."""
+        try:
+            yield
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            folder = self._folder / kind / str(step)
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{folder}: the checkpoint is damaged and cannot be read ({reason}). Delete this folder: the one "
+                "before it, if any, is used then; or train again in another --workdir."
+            ) from error
 
     def _check(self, kind: str, step: int, stored: Any, like: Any) -> None:
         lines = mismatch(stored, like)
@@ -111,6 +164,11 @@ class Checkpoints:
                 + more
                 + "\nUse the configuration it was trained with, or another --workdir."
             )
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    """Drops Orbax's own tracebacks: the same errors are raised, and told in one sentence."""
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 def mismatch(found: Any, wanted: Any) -> list[str]:

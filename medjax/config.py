@@ -98,12 +98,10 @@ def defaults() -> ConfigDict:
     c.eval.overlap = 0.5
     c.eval.mirror = ()  # axes averaged over at prediction
     c.eval.windows = 1  # windows a network call
-    c.eval.nsd_tolerance = 1.0  # mm
     c.eval.predictions = True  # write NIfTI on each input's own grid
     c.eval.pictures = True
 
-    c.parallel = "jit"
-    c.mesh = ConfigDict({"data": -1})
+    c.mesh = ConfigDict({"data": -1})  # devices along each axis; -1: all that are left
     c.wandb = ConfigDict({"project": "", "entity": ""})
     return c
 

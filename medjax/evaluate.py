@@ -13,7 +13,6 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from medjax.errors import UserError, write_atomic
 from medjax.logging import Progress, say
 from medjax.metrics import segmentation as metrics
 from medjax.metrics import stats
-from medjax.predict import Predictor, Run, read_case, write
+from medjax.predict import Predictor, Run, output_files, read_ahead, read_case, write
 
 COLUMNS = ("case", "group", "class", "dice", "hd95", "nsd", "volume_ml", "reference_ml", "volume_error_ml", "empty")
 
@@ -76,28 +75,24 @@ def evaluate_split(run: Run, split: str, cases: Sequence[cohorts.Case], folder: 
     began = time.perf_counter()
     options = run.config.eval
     folder.mkdir(parents=True, exist_ok=True)
-    predictor = run.predictor([dataset.largest_shape(run.plan, cases)])
+    predictor = run.predictor([run.plan.prepared_shape(case) for case in cases])
     rows: list[dict[str, Any]] = []
     progress = Progress(f"evaluating {split}", len(cases))
-    with ThreadPoolExecutor(1) as ahead:  # the next case is read and prepared while the network works on this one
-        upcoming = ahead.submit(read_case, cases[0], run.plan)
-        for number, case in enumerate(cases):
-            prepared, like = upcoming.result()
-            if number + 1 < len(cases):
-                upcoming = ahead.submit(read_case, cases[number + 1], run.plan)
-            probabilities = predictor(run.params, prepared.image)
-            for name, task in run.tasks.items():
-                decoded = task.decode(probabilities[name], prepared.geometry)
-                if options.predictions:
-                    suffix = "" if len(run.tasks) == 1 else f"_{name}"
-                    write(task, decoded, like, folder / "predictions" / f"{case.id}{suffix}.nii.gz")
-                if name not in case.targets:
-                    continue
-                reference = nifti.read_label(str(case.targets[name]))
-                for row in task.score(decoded, reference.data, reference.spacing):
-                    label = row["class"] if len(run.tasks) == 1 else f"{name}/{row['class']}"
-                    rows.append({"case": case.id, "group": case.group, **row, "class": label})
-            progress.update(number + 1, case.id)
+    for number, (case, load) in enumerate(read_ahead(cases, run.plan), 1):
+        prepared, like = load()
+        probabilities = predictor(run.params, prepared.image)
+        outputs = output_files(run, folder / "predictions", case.id)
+        for name, task in run.tasks.items():
+            decoded = task.decode(probabilities[name], prepared.geometry)
+            if options.predictions:
+                write(task, decoded, like, outputs[name])
+            if name not in case.targets:
+                continue
+            reference = nifti.read_label(str(case.targets[name]))
+            for row in task.score(decoded, reference.data, reference.spacing):
+                label = row["class"] if len(run.tasks) == 1 else f"{name}/{row['class']}"
+                rows.append({"case": case.id, "group": case.group, **row, "class": label})
+        progress.update(number, case.id)
     progress.close()
     if not rows:
         say(f"{split}: {len(cases)} cases predicted; none has a reference to score against")
@@ -144,6 +139,7 @@ def draw(
     if not ranked:
         return
     by_id = {case.id: case for case in cases}
+    channel = shown_channel(run.plan.modalities)
     for rank, case_id in {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}.items():
         prepared = read_case(by_id[case_id], run.plan)[0]
         probabilities = predictor(run.params, prepared.image)
@@ -152,16 +148,38 @@ def draw(
                 continue
             suffix = "" if len(run.tasks) == 1 else f"_{name}"
             # What normalisation left at exactly 0 is outside the body: black, not mid-grey.
-            image = prepared.image[..., 0]
+            image = prepared.image[..., channel]
+            reference, prediction, names = drawable(task, prepared.targets[name], task.decode(probabilities[name]))
             pictures.overlay(
                 np.where(image == 0, image.min(), image),
-                prepared.targets[name],
-                task.paint(task.decode(probabilities[name])),
+                reference,
+                prediction,
                 spacing=prepared.geometry.spacing,
-                class_names={v: k for k, v in run.labels.items()},
+                class_names=names,
                 title=f"{rank}: {case_id}, mean Dice {means[case_id]:.3f}",
                 path=folder / f"{rank}{suffix}.png",
             )
+
+
+def drawable(task: Any, reference: np.ndarray, decoded: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    """Reference and prediction as label maps [X, Y, Z], and value -> name.
+
+    Regions that no map of the task's own labels can hold are drawn one over the other, numbered in their order.
+    """
+    if task.paintable:
+        return reference, task.paint(decoded), {value: name for name, value in task.foreground.items()}
+    maps = np.zeros((2, *reference.shape), np.uint8)
+    for number, values in enumerate(task.classes.values(), 1):
+        maps[0][np.isin(reference, values)] = number
+        maps[1][decoded[..., number - 1]] = number
+    return maps[0], maps[1], dict(enumerate(task.classes, 1))
+
+
+def shown_channel(modalities: Sequence[str]) -> int:
+    """The channel to draw: the one in which a brain tumour shows, where there is one; else the first."""
+    names = [name.lower() for name in modalities]
+    wanted = ("t1c", "t1ce", "t1gd", "flair")
+    return next((names.index(name) for name in wanted if name in names), 0)
 
 
 def say_summary(summary: Mapping[str, Any], folder: Path) -> None:

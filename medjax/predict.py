@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,11 @@ from ml_collections import ConfigDict
 from medjax import runtime
 from medjax.errors import UserError, run_program
 
+_INPUT = re.compile(r"\.(nii|hdr)(\.gz)?$", re.IGNORECASE)  # of a .hdr/.img pair the header stands for both
+
 
 class Predictor:
-    """The network over whole prepared volumes: sliding window in one jitted program.
+    """The network over whole prepared volumes: sliding window, softmax and split by task in one jitted program.
 
     Args:
       shapes: of the prepared volumes it will see; sizes up to the largest of them share one program.
@@ -46,8 +51,8 @@ class Predictor:
             batch=config.eval.windows,
             mirror_axes=tuple(config.eval.mirror),
             canvas=tuple(int(n) for n in np.max(np.asarray(shapes), axis=0)) if len(shapes) else None,
+            finish=self._probabilities,
         )
-        self._split = jax.jit(self._probabilities)
 
     def _probabilities(self, logits: jax.Array) -> dict[str, jax.Array]:
         ends = np.cumsum([task.outputs for task in self.tasks.values()])
@@ -55,8 +60,8 @@ class Predictor:
         return {name: task.probabilities(p) for (name, task), p in zip(self.tasks.items(), parts, strict=True)}
 
     def __call__(self, params: Any, image: np.ndarray) -> dict[str, np.ndarray]:
-        """Prepared image [X, Y, Z, C] -> task -> probabilities float32 [X, Y, Z, K]."""
-        return {k: np.asarray(v) for k, v in self._split(self._window(params, image)).items()}
+        """Prepared image [X, Y, Z, C] -> task -> probabilities float32 [X, Y, Z, K], read-only."""
+        return self._window(params, image)
 
 
 class Run:
@@ -81,7 +86,8 @@ class Run:
         self.folder, self.step, self.kind = folder, newest, kind
         meta = checkpoints.meta(kind, self.step)
         self.config = config_lib.from_json(meta["config"])
-        self.config.eval.update(dict(eval_options or {}))
+        with self.config.ignore_type():
+            self.config.eval.update(dict(eval_options or {}))
         self.plan = preprocess.Plan.from_json(meta["plan"])
         self.labels = meta["labels"]
         self.tasks = tasks.build(self.config.tasks, self.labels)
@@ -105,6 +111,19 @@ def read_case(case: Any, plan: Any) -> tuple[Any, Any]:
     return preprocess.prepare_case(case, plan), nifti.read(next(iter(case.images.values())))
 
 
+def read_ahead(cases: Iterable[Any], plan: Any) -> Iterator[tuple[Any, Callable[[], tuple[Any, Any]]]]:
+    """Each case with a function that returns (or raises) its `read_case`; the next is read while one is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        pending: deque[tuple[Any, Future]] = deque()
+        for case in cases:
+            pending.append((case, pool.submit(read_case, case, plan)))
+            if len(pending) == 2:
+                ready, future = pending.popleft()
+                yield ready, future.result
+        for ready, future in pending:
+            yield ready, future.result
+
+
 def write(task: Any, decoded: np.ndarray, like: Any, path: Path) -> None:
     """Writes a decoded prediction as NIfTI on `like`'s grid; regions that cannot be painted become channels."""
     from medjax.data import nifti
@@ -112,44 +131,73 @@ def write(task: Any, decoded: np.ndarray, like: Any, path: Path) -> None:
     nifti.write(path, task.paint(decoded) if task.paintable else decoded.astype(np.uint8), like)
 
 
-def find_inputs(path: Path, modalities: Sequence[str]) -> dict[str, dict[str, Path]]:
-    """Groups files into cases: id -> modality -> file.
+def find_inputs(
+    path: Path, modalities: Sequence[str], *, allow_missing: bool = False
+) -> tuple[dict[str, dict[str, Path]], dict[str, str]]:
+    """Groups files into cases.
 
-    A single file is a case of one modality, or of all of them as the channels of a 4-D image. In a folder, files that
-    end in `_0000`, `_0001`... (the order of the run's modalities) or in `_<modality>` are joined by what comes
-    before; with none of those, each file is a case.
+    A file whose name ends in `_0000`, `_0001`... (the order of the run's modalities) or in `_<modality>` is that
+    modality of the case named by what comes before; any other file is a case by itself: its one modality, or all
+    of them as the channels of a 4-D image. Case does not matter.
+
+    Args:
+      path: a file, or a folder of them. modalities: of the run. allow_missing: a case may lack some.
+
+    Returns:
+      `(cases, refused)`: id -> modality -> file, and id -> what is wrong with the files that do not make a case.
+
+    Raises:
+      UserError: there is no such path, or no NIfTI file in the folder.
     """
-    if path.is_file():
-        return {stem(path): dict.fromkeys(modalities, path)}
-    if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder")
-    files = sorted(
-        f for f in path.iterdir() if re.search(r"\.(nii(\.gz)?|hdr)$", f.name.lower()) and not f.name.startswith("._")
-    )
-    if not files:
-        raise UserError(f"{path}: holds no NIfTI file (.nii, .nii.gz, .hdr)")
-    suffixes = {f"{i:04d}": m for i, m in enumerate(modalities)} | {m.lower(): m for m in modalities}
-    cases: dict[str, dict[str, Path]] = {}
-    for file in files:
-        name, _, suffix = stem(file).rpartition("_")
-        modality = suffixes.get(suffix.lower()) if name else None
-        if modality is None:
-            cases[stem(file)] = dict.fromkeys(modalities, file)
-        else:
-            cases.setdefault(name, {})[modality] = file
-    for case, images in cases.items():
-        missing = [m for m in modalities if m not in images]
-        if missing:
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder. Correct --input.")
+    files = [path]
+    if path.is_dir():
+        found = (f for f in path.iterdir() if _INPUT.search(f.name) and not f.name.startswith("._"))
+        files = sorted(f for f in found if f.is_file())
+        if not files:
             raise UserError(
-                f"{path}: case '{case}' lacks {', '.join(missing)}; this run needs {', '.join(modalities)}, as "
-                f"channels of one 4-D file or as files {case}_{modalities[0]}.nii.gz ... (or {case}_0000.nii.gz ...)"
+                f"{path}: holds no NIfTI file (.nii, .nii.gz, .hdr) to predict. Correct --input; folders inside it are "
+                "not searched."
             )
-    return cases
+    names = {stem(file).lower() for file in files}
+    suffixes = {f"_{m.lower()}": m for m in modalities} | {f"_{i:04d}": m for i, m in enumerate(modalities)}
+    claims: dict[str, dict[str, list[Path]]] = {}
+    for file in files:
+        name, wanted = stem(file), tuple(modalities)
+        # The longest first: with modalities 'c' and 't1_c', 'x_t1_c' is of the second.
+        for suffix in sorted(suffixes, key=len, reverse=True):
+            begin = name[: -len(suffix)]
+            if name.lower().endswith(suffix) and begin:
+                # Numbers that go on past the modalities count cases: scan_0000, scan_0001, scan_0002...
+                if suffix[1:].isdigit() and f"{begin.lower()}_{len(modalities):04d}" in names:
+                    break
+                name, wanted = begin, (suffixes[suffix],)
+                break
+        for modality in wanted:
+            claims.setdefault(name, {}).setdefault(modality, []).append(file)
+    cases: dict[str, dict[str, Path]] = {}
+    refused: dict[str, str] = {}
+    for name, claimed in claims.items():
+        twice = next(((m, f) for m, f in claimed.items() if len(f) > 1), None)
+        missing = [m for m in modalities if m not in claimed]
+        if twice:
+            modality, (first, second, *_) = twice
+            refused[name] = f"{first}: {second.name} beside it is the same case's {modality} too. Keep one of them."
+        elif missing and not allow_missing:
+            refused[name] = (
+                f"{next(iter(claimed.values()))[0]}: case '{name}' lacks {', '.join(missing)}. The run needs "
+                f"{', '.join(modalities)}: as files {name}_{modalities[0]}.nii.gz... (or {name}_0000.nii.gz...) in one "
+                "folder given as --input, or as the channels of one 4-D file."
+            )
+        else:
+            cases[name] = {m: claimed[m][0] for m in modalities if m in claimed}
+    return cases, refused
 
 
 def stem(path: Path) -> str:
-    """File name without .nii.gz, .nii or .hdr."""
-    return re.sub(r"\.(nii(\.gz)?|hdr|img)$", "", path.name, flags=re.IGNORECASE)
+    """File name without .nii.gz, .nii, .hdr or .img."""
+    return re.sub(r"\.(nii|hdr|img)(\.gz)?$", "", path.name, flags=re.IGNORECASE)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -165,32 +213,77 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Predicts every case of --input; a case that cannot be read stops the run and names the file."""
+    """Predicts every case of --input.
+
+    A case that cannot be read stops no other: those that can are predicted, then one UserError lists the rest.
+    """
     args = parser().parse_args(argv)
     from medjax.data import cohort as cohorts
     from medjax.logging import Progress, say
 
     given = {"overlap": args.overlap, "mirror": None if args.mirror is None else tuple(args.mirror)}
-    given = {k: v for k, v in given.items() if v is not None}
-    run = Run(args.run, kind=args.checkpoint, eval_options=given)
-    cases = find_inputs(args.input, run.plan.modalities)
+    run = Run(args.run, kind=args.checkpoint, eval_options={k: v for k, v in given.items() if v is not None})
+    found, refused = find_inputs(args.input, run.plan.modalities, allow_missing=run.plan.missing == "zero")
+    outputs = {name: output_files(run, args.output, name) for name in found}
+    check_outputs(args.output, [p for paths in outputs.values() for p in paths.values()], found)
+
+    # Headers first: the largest grid fixes the program's shapes, and what is no volume is known at once.
+    cases, shapes = [], []
+    for name, images in found.items():
+        case = cohorts.Case(name, name, images)
+        try:
+            shapes.append(run.plan.prepared_shape(case))
+            cases.append(case)
+        except UserError as error:
+            refused[name] = str(error)
+    done = 0
+    if cases:
+        predictor = run.predictor(shapes)
+        progress = Progress("case", len(cases))
+        for number, (case, load) in enumerate(read_ahead(cases, run.plan), 1):
+            try:
+                prepared, like = load()
+            except UserError as error:
+                refused[case.id] = str(error)
+            else:
+                probabilities = predictor(run.params, prepared.image)
+                for task_name, task in run.tasks.items():
+                    decoded = task.decode(probabilities[task_name], prepared.geometry)
+                    write(task, decoded, like, outputs[case.id][task_name])
+                done += 1
+            progress.update(number, case.id)
+        progress.close()
+    if done:
+        say(f"{done} case(s) written to {args.output} (step {run.step}, {run.kind} checkpoint of {args.run})")
+    if refused:
+        raise UserError(refusal(args.input, refused, done))
+
+
+def output_files(run: Run, folder: Path, name: str) -> dict[str, Path]:
+    """Task -> the file its prediction for the case `name` is written to; with several tasks their names are in it."""
+    return {task: folder / f"{name}{'' if len(run.tasks) == 1 else f'_{task}'}.nii.gz" for task in run.tasks}
+
+
+def check_outputs(folder: Path, outputs: Iterable[Path], cases: Mapping[str, Mapping[str, Path]]) -> None:
+    """Makes the folder; raises UserError if it cannot be made, or if an output would replace one of the inputs."""
+    inputs = {file.resolve(): file for images in cases.values() for file in images.values()}
+    for output in outputs:
+        if output.resolve() in inputs:
+            raise UserError(f"{output}: the prediction would replace the input of that name. Choose another --output.")
     try:
-        args.output.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{args.output}: cannot make the folder: {error.strerror}") from error
-    predictor = run.predictor()
-    progress = Progress("case", len(cases))
-    for number, (name, images) in enumerate(cases.items(), 1):
-        case = cohorts.Case(name, name, images, {}, {})
-        prepared, like = read_case(case, run.plan)
-        probabilities = predictor(run.params, prepared.image)
-        for task_name, task in run.tasks.items():
-            suffix = "" if len(run.tasks) == 1 else f"_{task_name}"
-            decoded = task.decode(probabilities[task_name], prepared.geometry)
-            write(task, decoded, like, args.output / f"{name}{suffix}.nii.gz")
-        progress.update(number, name)
-    progress.close()
-    say(f"{len(cases)} case(s) written to {args.output} (step {run.step}, {run.kind} checkpoint of {args.run})")
+        raise UserError(f"{folder}: cannot make the folder: {error.strerror}. Choose another --output.") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: no permission to write there. Choose another --output.")
+
+
+def refusal(source: Path, refused: Mapping[str, str], done: int) -> str:
+    """One message for all the cases that were not predicted; a single one's reason is the message."""
+    if len(refused) == 1 and not done:
+        return next(iter(refused.values()))
+    listed = "".join(f"\n  {reason}" for reason in refused.values())
+    return f"{source}: {len(refused)} of {len(refused) + done} case(s) were not predicted:{listed}"
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 from jax.extend import core
 
-# `medjax.ops.conv3d` primitives: which of (operand 0, operand 1, result) are the convolution's output and its filter.
-NATIVE = {"medjax_conv": (2, 1), "medjax_input_grad": (0, 1), "medjax_filter_grad": (1, 2)}
+# `medjax.ops.conv3d` primitives: which of (operands, result) are the convolution's output and filter.
+NATIVE = {"medjax_conv3d": (-1, 1), "medjax_conv3d_input_grad": (0, 1), "medjax_conv3d_filter_grad": (1, -1)}
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _equation(eqn: Any) -> int:
         # Zeros put between the input's voxels (the gradient of a stride) cost nothing that counts.
         return 2 * out.size * per_output // math.prod(eqn.params["lhs_dilation"]) if lhs.size else 0
     if name in NATIVE:
-        shapes = [v.aval.shape for v in (*eqn.invars[:2], *eqn.outvars)]
+        shapes = [v.aval.shape for v in (*eqn.invars, *eqn.outvars)]
         image, kernel = (shapes[i] for i in NATIVE[name])
         return 2 * math.prod(image) * math.prod(kernel[:4])
     if name == "dot_general":

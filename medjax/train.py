@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
 from medjax import config as config_lib
-from medjax import evaluate, optim, parallel, report, runtime, tasks
+from medjax import evaluate, optim, parallel, pictures, report, runtime, tasks
 from medjax.augment import policy
 from medjax.checkpoint import Checkpoints
 from medjax.data import dataset, pipeline, preprocess, sampler
@@ -169,6 +169,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     batches.close()  # type: ignore[attr-defined]
     checkpoints.close()
     metrics.close()
+    draw_curves(workdir)
     done = int(state.step)
     best = (
         ""
@@ -328,6 +329,13 @@ class Clock:
         seconds, waited = now - self._began, self._waited
         self._began, self._waited = now, 0.0
         return seconds, waited
+
+
+def draw_curves(workdir: Path) -> None:
+    """Losses and scores over the steps, as `curves.png` beside the run."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    if any(k.endswith("loss") and v is not None for row in rows for k, v in row.items()):
+        pictures.curves(rows, workdir / "curves.png", title=workdir.name)
 
 
 def write_config(workdir: Path, config: ConfigDict) -> None:

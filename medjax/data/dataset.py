@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medjax.data import cohort as cohorts
-from medjax.data import nifti, preprocess
-from medjax.data.volume import axes_towards, spacing_of
+from medjax.data import preprocess
 from medjax.errors import UserError
 
 
@@ -60,14 +58,8 @@ def open_splits(cohort: cohorts.Cohort, config: Mapping[str, Any], seed: int) ->
 
 def largest_shape(plan: preprocess.Plan, cases: Sequence[cohorts.Case]) -> tuple[int, int, int]:
     """A shape no prepared case exceeds on any axis, from the headers alone (a crop can only make them smaller)."""
-    shapes = []
-    for case in cases:
-        shape, affine = nifti.read_grid(next(iter(case.images.values())))
-        order, _ = axes_towards(affine, plan.orientation)
-        spacing = spacing_of(affine)
-        target = plan.spacing or [spacing[i] for i in order]
-        shapes.append([math.ceil(shape[i] * spacing[i] / s) for i, s in zip(order, target, strict=True)])
-    x, y, z = (max(1, *(shape[axis] for shape in shapes)) for axis in range(3))
+    shapes = [plan.prepared_shape(case) for case in cases]
+    x, y, z = (max(shape[axis] for shape in shapes) for axis in range(3))
     return x, y, z
 
 
@@ -94,6 +86,7 @@ def prepare(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    preprocess.compare_intensities({c.id: p.scale for c, p in zip(cases, prepared, strict=True)}, plan.modalities)
     return prepared
 
 

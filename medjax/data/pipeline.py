@@ -43,7 +43,7 @@ class Source:
         case = self.cases[number]
         row = {
             "image": cut(case.image, start, patch),
-            "modality": np.ones(case.image.shape[-1], bool),
+            "modality": np.asarray(case.present, bool),
             "spacing": np.asarray(case.geometry.spacing, np.float32),
             "example": np.int64(example),
             "valid": np.bool_(valid),

@@ -22,7 +22,7 @@ _HERE = Path(__file__).resolve().parent
 _SOURCES = ("team.cc", "conv3d.cc", "norm.cc")
 _HEADERS = ("team.h",)
 _RUNTIME_WHEEL, _HEADER_WHEEL = "onednn-cpu-gomp", "onednn-devel-cpu-gomp"
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-w")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-fPIC", "-fopenmp", "-w")
 _TIMEOUT_S = 600
 
 
