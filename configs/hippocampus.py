@@ -28,7 +28,8 @@ def get_config(arg=None):
     )
     config.augment = ConfigDict(
         {
-            "mirror": (0, 1, 2),
+            # Left and right mirror each other; front and back are what is to be told apart.
+            "mirror": (0,),
             "affine": {"p": 0.3, "rotate": 15.0, "scale": 0.15},
             "brightness": {"p": 0.15},
             "contrast": {"p": 0.15},
@@ -36,13 +37,13 @@ def get_config(arg=None):
             "noise": {"p": 0.1},
         }
     )
-    config.model = ConfigDict({"name": "unet", "features": (32, 64, 128), "levels": 2})
+    config.model = ConfigDict({"name": "unet", "features": (16, 32, 64, 128), "levels": 2})
     config.tasks = ConfigDict({"hippocampus": {"type": "segmentation", "levels": 2}})
     config.optim = ConfigDict(
-        {"name": "adamw", "lr": 2e-3, "weight_decay": 1e-2, "schedule": "cosine", "warmup": "30 steps", "ema": 0.995}
+        {"name": "adamw", "lr": 3e-3, "weight_decay": 1e-2, "schedule": "cosine", "warmup": "30 steps", "ema": 0.995}
     )
-    config.train = ConfigDict({"total": "700 steps", "eval_every": "100 steps", "checkpoint_every": "100 steps"})
-    config.eval = ConfigDict({"splits": ("val",)})
+    config.train = ConfigDict({"total": "600 steps", "eval_every": "150 steps", "checkpoint_every": "150 steps"})
+    config.eval = ConfigDict({"splits": ("val",), "mirror": (0,)})
     if arg.debug:
         config.optim.warmup = "2 steps"
         config.model.features = (8, 16, 32)

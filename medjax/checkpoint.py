@@ -7,10 +7,13 @@ Two managers, so that keeping the best never evicts the latest: `<workdir>/check
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
 import shutil
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,23 +37,26 @@ class Checkpoints:
 
         logging.getLogger("absl").setLevel(logging.ERROR)
         logging.getLogger("absl").addFilter(_not_orbax)
+        _hush_closed_loops()
         self._ocp = ocp
         self._folder = workdir.resolve() / "checkpoints"
-        self._managers = {
-            kind: ocp.CheckpointManager(
-                self._folder / kind,
-                options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep,
-                    create=not read_only,
-                    read_only=read_only,
-                    cleanup_tmp_directories=not read_only,  # what a killed save left
-                    enable_async_checkpointing=True,
-                ),
-                item_handlers={"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
-            )
-            for kind, keep in (("latest", 2), ("best", 1))
-            if not read_only or (self._folder / kind).is_dir()
-        }
+        self._managers = {}
+        for kind, keep in (("latest", 2), ("best", 1)):
+            if not read_only or (self._folder / kind).is_dir():
+                with self._writing(kind):
+                    self._managers[kind] = self._manager(kind, keep, read_only)
+
+    def _manager(self, kind: str, keep: int, read_only: bool) -> Any:
+        ocp = self._ocp
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            create=not read_only,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,  # what a killed save left
+            enable_async_checkpointing=True,
+        )
+        handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        return ocp.CheckpointManager(self._folder / kind, options=options, item_handlers=handlers)
 
     def save(self, kind: str, step: int, state: Any, meta: Mapping[str, Any]) -> None:
         """Starts to write a checkpoint ('latest' or 'best'); returns when the arrays are copied, not when written.
@@ -59,11 +65,8 @@ class Checkpoints:
         """
         ocp, manager = self._ocp, self._managers[kind]
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(dict(meta)))
-        with self._writing():
+        with self._writing(kind):
             manager.wait_until_finished()
-            # After a kill between two saves the same step may come again: it replaces what is there.
-            if step in manager.all_steps():
-                manager.delete(step)
             needed = sum(x.nbytes for x in jax.tree.leaves(state) if hasattr(x, "nbytes")) + _SPARE_BYTES
             free = shutil.disk_usage(self._folder).free
             if free < needed:
@@ -72,16 +75,19 @@ class Checkpoints:
                     f"{needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free. Free some room and give the same command "
                     "again: the run goes on from its newest checkpoint."
                 )
+            # After a kill between two saves the same step may come again: it replaces what is there.
+            if step in manager.all_steps():
+                manager.delete(step)
             manager.save(step, args=args, force=True)
 
     def wait(self) -> None:
         """Returns when everything is on disk."""
-        for manager in self._managers.values():
-            with self._writing():
+        for kind, manager in self._managers.items():
+            with self._writing(kind):
                 manager.wait_until_finished()
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self, kind: str) -> Iterator[None]:
         """Turns what a full or broken disk raises into a UserError, and leaves nothing half-written."""
         try:
             yield
@@ -91,12 +97,19 @@ class Checkpoints:
             if code is None and not isinstance(error, OSError):
                 raise
             reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or str(error)
-            for left in self._folder.glob("*/*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(left, ignore_errors=True)
+            self._remove_unfinished(kind)
             raise UserError(
                 f"{self._folder}: cannot write a checkpoint: {reason}. Free some room or repair the disk and give the "
                 "same command again: the run goes on from its newest checkpoint."
             ) from error
+
+    def _remove_unfinished(self, kind: str) -> None:
+        for _ in range(20):  # writers of other arrays may still be at work on what is being removed
+            if not (left := list((self._folder / kind).glob("*.orbax-checkpoint-tmp*"))):
+                return
+            for folder in left:
+                shutil.rmtree(folder, ignore_errors=True)
+            time.sleep(0.05)
 
     def close(self) -> None:
         self.wait()
@@ -125,8 +138,12 @@ class Checkpoints:
 
         Raises UserError naming the parameters that differ when the checkpoint is of another architecture.
         """
-        self._check(kind, step, self._stored(kind, step), like)
+        self.check(kind, step, like)
         return self._read(kind, step, like)
+
+    def check(self, kind: str, step: int, like: Any) -> None:
+        """Raises UserError naming what differs unless the checkpoint holds arrays of the shapes of `like`."""
+        self._check(kind, step, self._stored(kind, step), like)
 
     def _read(self, kind: str, step: int, like: Any) -> Any:
         ocp = self._ocp
@@ -156,6 +173,8 @@ class Checkpoints:
 
     def _check(self, kind: str, step: int, stored: Any, like: Any) -> None:
         lines = mismatch(stored, like)
+        # What the optimizer and the average keep of a parameter differs as the parameter does.
+        lines = [line for line in lines if line.startswith("params/")] or lines
         if lines:
             more = f"\n  ... and {len(lines) - 12} more" if len(lines) > 12 else ""
             raise UserError(
@@ -169,6 +188,21 @@ class Checkpoints:
 def _not_orbax(record: logging.LogRecord) -> bool:
     """Drops Orbax's own tracebacks: the same errors are raised, and told in one sentence."""
     return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+@functools.cache
+def _hush_closed_loops() -> None:
+    """Once in a process: the array store's threads that report to an event loop already closed are not shown.
+
+    When one array of a checkpoint cannot be read or written, its error is raised; those of the others come too late.
+    """
+    before = sys.unraisablehook
+
+    def hook(info: Any) -> None:
+        if not (isinstance(info.exc_value, RuntimeError) and str(info.exc_value) == "Event loop is closed"):
+            before(info)
+
+    sys.unraisablehook = hook
 
 
 def mismatch(found: Any, wanted: Any) -> list[str]:

@@ -294,7 +294,7 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str | Mapping) -> ConfigDict:
-    """Inverse of `to_json`, from the text or what it parses to; lists come back as tuples, which is what every list in a config is."""
+    """Inverse of `to_json`, from the text or what it parses to; lists come back as tuples, as a config has them."""
 
     def tuples(value: Any) -> Any:
         if isinstance(value, dict):

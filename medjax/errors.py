@@ -6,11 +6,13 @@ code 2. The message names the file or key, says what is wrong and what to do.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -41,13 +43,28 @@ def write_atomic(path: Path, text: str) -> None:
         raise UserError(f"{path}: cannot write: {error.strerror}; free some room or choose another folder") from error
 
 
+# What a disk may say to any write, whoever wrote.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
 def run_program(function: Callable[[], None]) -> None:
-    """Calls a command-line program: a UserError ends it with one message and exit code 2, without a stack trace."""
+    """Calls a command-line program: a UserError ends it with one message and exit code 2, without a stack trace.
+
+    So does a full or failing disk.
+    """
     try:
         function()
     except UserError as error:
-        print(f"\nmedjax: error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        _fail(f"{error.filename or 'the disk'}: {error.strerror}; free some room and give the same command again")
     except KeyboardInterrupt:
         print("\nmedjax: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"\nmedjax: error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -54,12 +54,9 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
-def is_main() -> bool:
-    """Whether this process writes what must be written once."""
-    return jax.process_index() == 0
-
-
-def prefetch(batches: Iterator[Mapping[str, np.ndarray]], mesh: Mesh, depth: int = 2) -> Iterator[dict[str, Any]]:
+def prefetch(
+    batches: Iterator[Mapping[str, np.ndarray]], mesh: Mesh, depth: int = 2
+) -> Generator[dict[str, Any], None, None]:
     """Batches already on the devices: a thread keeps `depth` of them ahead of the step."""
     ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
     stop = threading.Event()

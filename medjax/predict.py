@@ -224,6 +224,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = {"overlap": args.overlap, "mirror": None if args.mirror is None else tuple(args.mirror)}
     run = Run(args.run, kind=args.checkpoint, eval_options={k: v for k, v in given.items() if v is not None})
     found, refused = find_inputs(args.input, run.plan.modalities, allow_missing=run.plan.missing == "zero")
+    numbered = any(stem(f).endswith("_0000") for images in found.values() for f in images.values())
+    if numbered and len(run.plan.modalities) > 1:
+        say("taking " + ", ".join(f"_{i:04d} as {m}" for i, m in enumerate(run.plan.modalities)))
     outputs = {name: output_files(run, args.output, name) for name in found}
     check_outputs(args.output, [p for paths in outputs.values() for p in paths.values()], found)
 

@@ -103,4 +103,4 @@ def ensure_tuned_allocator() -> None:
 
 def describe() -> str:
     """One line for a run's report: the allocator in force."""
-    return f"memory: {_state()[1]}"
+    return f"{_state()[1]}"

@@ -24,7 +24,6 @@ from medjax import main, models, optim, parallel, tasks
 from medjax import train as spine
 from medjax.checkpoint import Checkpoints
 from medjax.errors import UserError
-from medjax.models.model import build_model
 
 REPO = Path(__file__).resolve().parents[1]
 LABELS = {"shell": 1, "core": 2}
@@ -129,12 +128,12 @@ def load(recipe: Path, *overrides: str) -> Any:
     return config_lib.load(str(recipe), overrides, lambda room, kind: options[room](kind))
 
 
-def make(config: Any, mesh: Any = None) -> tuple[Any, Any, Any, Any]:
-    mesh = mesh or parallel.make_mesh({"data": -1})
-    job = tasks.build(config.tasks, LABELS)
-    model = build_model(config, job)
-    tx, _, create = spine.make_state(config, model, 8, 8, tuple(config.data.patch), 1)
-    return spine.make_train_step(config, model, job, tx, mesh), create, job, mesh
+def make(config: Any) -> tuple[Any, Any, Any]:
+    """The train step, the function that makes its first state, and the mesh."""
+    mesh = parallel.make_mesh({"data": -1})
+    job = spine.open_job(config)
+    tx, _, create = spine.make_state(config, job)
+    return spine.make_train_step(config, job, tx, mesh), create, mesh
 
 
 def a_batch(n: int = 4, seed: int = 0) -> dict[str, np.ndarray]:
@@ -159,7 +158,7 @@ def plain(recipe: Path, *more: str) -> Any:
 
 
 def one_step(config: Any, batch: dict[str, np.ndarray]) -> tuple[Any, dict[str, float]]:
-    step, create, _, mesh = make(config)
+    step, create, mesh = make(config)
     state, sums = step(jax.jit(create)(), parallel.put_batch(batch, mesh))
     return state.params, {k: float(v) for k, v in sums.items()}
 
@@ -202,7 +201,7 @@ def test_a_batch_without_any_label_leaves_the_parameters(recipe: Path) -> None:
 
 
 def test_the_average_is_what_is_evaluated(recipe: Path) -> None:
-    step, create, _, mesh = make(load(recipe))
+    step, create, mesh = make(load(recipe))
     state = jax.jit(create)()
     first = jax.device_get(state.params)
     state, _ = step(state, parallel.put_batch(a_batch(), mesh))
@@ -226,7 +225,7 @@ import pathlib, jax
 import test_train as t
 from medjax import parallel
 config = t.load(pathlib.Path({recipe!r}), 'data.batch_size=8')
-step, create, job, mesh = t.make(config)
+step, create, mesh = t.make(config)
 state = jax.jit(create, out_shardings=parallel.replicated(mesh))()
 losses = []
 for i in range(5):
@@ -261,13 +260,12 @@ def test_early_stopping_stops_and_says_so(recipe: Path, tmp_path: Path, capsys: 
     # Given again, it does not go on training.
     main.main([f"--config={recipe}", f"--workdir={tmp_path}", "--config.optim.lr=0.0", "--config.train.patience=1",
                "--config.train.total=40 steps", "--config.eval.pictures=false"])  # fmt: skip
-    assert "trained to step 8 (stopped early)" in capsys.readouterr().out
+    assert "already trained to step 8 (stopped early)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("model.features=(4,12)", ["another architecture", "decoder0", "in the checkpoint", "in the model"]),
         ("data.patch=(15,16,16)", ["data.patch=(15, 16, 16)", "(2, 2, 2)"]),
         ("data.patch=(32,16,16)", ["larger than every padded training volume"]),
         ("train.precision=float16", ["float16", "bfloat16"]),
@@ -278,10 +276,18 @@ def test_early_stopping_stops_and_says_so(recipe: Path, tmp_path: Path, capsys: 
         ("augment.mirror=(0,4)", ["augment.mirror"]),
     ],
 )
-def test_what_cannot_work_is_refused_in_words(finished: Path, recipe: Path, override: str, words: list[str]) -> None:
+def test_what_cannot_work_is_refused_in_words(tmp_path: Path, recipe: Path, override: str, words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        main.main([f"--config={recipe}", f"--workdir={finished}", f"--config.{override}"])
+        main.main([f"--config={recipe}", f"--workdir={tmp_path}", f"--config.{override}"])
     assert all(w in str(caught.value) for w in words), str(caught.value)
+    assert not list(tmp_path.glob("checkpoints/*/*"))
+
+
+def test_another_architecture_is_refused_even_by_a_finished_run(finished: Path, recipe: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        main.main([f"--config={recipe}", f"--workdir={finished}", "--config.model.features=(4,12)"])
+    for words in ("another architecture", "params/backbone/decoder0", "in the checkpoint", "in the model"):
+        assert words in str(caught.value)
 
 
 def test_eval_without_a_checkpoint_and_exit_code(recipe: Path, tmp_path: Path) -> None:
@@ -300,4 +306,4 @@ def test_a_resumed_run_says_what_changed(recipe: Path, tmp_path: Path, capsys: p
     ]
     main.main(base)
     main.main([*base[:-1], "--config.train.total=4 steps"])
-    assert "train.total: 2 steps -> 4 steps" in capsys.readouterr().out
+    assert "another configuration: train.total: 2 steps -> 4 steps" in capsys.readouterr().out

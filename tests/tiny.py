@@ -35,7 +35,7 @@ def get_config(arg=None):
 
 
 def write_cohort(folder: Path, *, n: int = 8, size: int = 20, seed: int = 0) -> Path:
-    """`n` cases with one-channel images of shape about size³, in differing orientations; the last two are val and test."""
+    """`n` one-channel cases of shape about size³, in differing orientations; the last two are val and test."""
     rng = np.random.default_rng(seed)
     (folder / "imagesTr").mkdir(parents=True)
     (folder / "labelsTr").mkdir()

@@ -66,7 +66,6 @@ def largest_shape(plan: preprocess.Plan, cases: Sequence[cohorts.Case]) -> tuple
 def prepare(
     plan: preprocess.Plan,
     cases: Sequence[cohorts.Case],
-    *,
     workers: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> list[preprocess.Prepared]:

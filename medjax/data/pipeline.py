@@ -36,9 +36,7 @@ class Source:
             )
         object.__setattr__(self, "points", found)
 
-    def row(
-        self, number: int, start: Any, patch: Sequence[int], example: int, valid: bool
-    ) -> dict[str, Any]:
+    def row(self, number: int, start: Any, patch: Sequence[int], example: int, valid: bool) -> dict[str, Any]:
         """One example of a batch; see `docs/design.md` for the keys."""
         case = self.cases[number]
         row = {

@@ -76,7 +76,7 @@ def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def foreground_points(target: np.ndarray, *, limit: int = 4096, seed: int = 0) -> list[np.ndarray]:
-    """For each non-zero value of a mask [X, Y, Z], up to `limit` of its voxels, int32 [n, 3], chosen evenly at random."""
+    """For each non-zero value of a mask [X, Y, Z], up to `limit` of its voxels, int32 [n, 3], drawn at random."""
     flat = target.ravel()
     where = np.flatnonzero(flat)
     values = flat[where]
@@ -120,5 +120,5 @@ def check_patch(patch: Sequence[int], shapes: Sequence[Sequence[int]], factor: S
     if any(p > n for p, n in zip(patch, padded, strict=True)):
         raise UserError(
             f"config: data.patch={tuple(patch)} is larger than every padded training volume (at most {padded} voxels "
-            f"at this spacing); use data.patch={tuple(min(p, n) for p, n in zip(patch, padded, strict=True))} or smaller"
+            f"at this spacing); use data.patch={tuple(map(min, patch, padded))} or smaller"
         )

@@ -159,7 +159,12 @@ def patch_conv_transpose(x: Array, w: Array, bias: Array | None = None) -> Array
         y = _bind(_input_grad_p, x, swapped, space=space, window=window)
     else:
         y = _xla_input_grad(x, swapped, space=space, window=window)
-    return y if bias is None else y + bias
+    return y if bias is None else _add_bias(y, bias)
+
+
+def _add_bias(y: Array, bias: Array) -> Array:
+    y, bias = lowering.same_variance(y, bias)
+    return y + (_spread(bias, y.shape) if native.enabled() else bias)
 
 
 def _conv_shape(x: Any, w: Any, window: _Window) -> tuple[int, ...]:
@@ -285,6 +290,13 @@ def _native_filter_grad(x: Array, g: Array, *, kernel: Triple, window: _Window) 
     return _call("medjax_conv3d_filter_grad", shape, x, g, window=window)
 
 
+def _native_channel_sum(g: Array) -> Array:
+    if g.size == 0:
+        return jnp.zeros(g.shape[-1:], g.dtype)
+    sums = jax.ffi.ffi_call("medjax_channel_sum", jax.ShapeDtypeStruct(g.shape[-1:], jnp.float32))(g)
+    return sums.astype(g.dtype)
+
+
 # --- primitives ------------------------------------------------------------------------------------------------------
 
 
@@ -333,6 +345,38 @@ _filter_grad_p = lowering.primitive(
 )
 
 
+# A bias at every voxel is XLA's to fuse into what follows; its gradient, the sum over voxels, is native.
+_spread_p = lowering.primitive(
+    lowering.Kernel(
+        "spread",
+        operands=(False,),
+        results=(True,),
+        abstract=lambda bias, *, shape: [lowering.result_type(bias, shape, batched=False)],
+        xla=lambda bias, *, shape: [jnp.broadcast_to(bias, shape)],
+        native=lambda bias, *, shape: [jnp.broadcast_to(bias, shape)],
+        accepts=lambda *avals, **_: False,
+    )
+)
+_channel_sum_p = lowering.primitive(
+    lowering.Kernel(
+        "channel_sum",
+        operands=(True,),
+        results=(False,),
+        abstract=lambda g: [lowering.result_type(g, g.shape[-1:], batched=False)],
+        xla=lambda g: [g.astype(jnp.promote_types(g.dtype, jnp.float32)).sum((0, 1, 2, 3)).astype(g.dtype)],
+        native=_listed(_native_channel_sum),
+    )
+)
+
+
+def _spread(bias: Array, shape: tuple[int, ...]) -> Array:
+    return _bind(_spread_p, bias, shape=shape)
+
+
+def _channel_sum(g: Array) -> Array:
+    return _bind(_channel_sum_p, g)
+
+
 def _bind(primitive: Primitive, /, *operands: Array, **parameters: Any) -> Array:
     return lowering.bind(primitive, *operands, **parameters)[0]
 
@@ -349,7 +393,7 @@ def _conv_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, window: _Win
     if type(tangents[1]) is not ad.Zero:
         terms.append(_conv(x, tangents[1], window))
     if bias and type(tangents[2]) is not ad.Zero:
-        terms.append(jnp.broadcast_to(tangents[2], y.shape))
+        terms.append(_spread(tangents[2], y.shape))
     return [y], [functools.reduce(lax.add, terms)]
 
 
@@ -397,6 +441,8 @@ def _filter_grad(x: Array, g: Array, kernel: Triple, window: _Window) -> Array:
     return _bind(_filter_grad_p, x, g, kernel=kernel, window=window)
 
 
+ad.deflinear2(_spread_p, lambda g, bias, *, shape: [_channel_sum(g[0])])
+ad.deflinear2(_channel_sum_p, lambda g, x: [_spread(g[0], x.aval.shape)])
 ad.primitive_jvps[_conv_p] = _conv_jvp
 _bilinear(
     _conv_p,

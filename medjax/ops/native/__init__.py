@@ -24,6 +24,7 @@ _TARGETS = (
     "medjax_conv3d_filter_grad",
     "medjax_instance_norm",
     "medjax_instance_norm_grad",
+    "medjax_channel_sum",
 )
 # dnnl_cpu_isa_t is a bit mask; a set contains another when it has all of its bits.
 _AVX2, _AVX512, _AVX512_BF16, _AMX = 0x7, 0x27, 0xE7, 0xFEF

@@ -59,14 +59,18 @@ def primitive(kernel: Kernel) -> Primitive:
 
 
 def bind(prim: Primitive, /, *operands: Array, **parameters: Any) -> list[Array]:
-    """Applies a primitive; inside a `shard_map`, operands are marked as varying over the axes any of them does."""
+    """Applies a primitive to operands made of the same variance."""
+    return prim.bind(*same_variance(*operands), **parameters)
+
+
+def same_variance(*operands: Array) -> tuple[Array, ...]:
+    """Inside a `shard_map`, marks all operands as varying over the axes any of them varies over."""
     axes = [_varying(x) for x in operands]
     everywhere = frozenset().union(*axes)
-    same = (
+    return tuple(
         lax.pcast(x, tuple(everywhere - own), to="varying") if own != everywhere else x
         for x, own in zip(operands, axes, strict=True)
     )
-    return prim.bind(*same, **parameters)
 
 
 def result_type(like: Any, shape: Sequence[int], dtype: Any = None, *, batched: bool = True) -> Any:

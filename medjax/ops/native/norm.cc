@@ -1,4 +1,4 @@
-// Instance normalisation followed by a leaky ReLU, forward and backward, as XLA FFI handlers.
+// Instance normalisation followed by a leaky ReLU, forward and backward, and sums over voxels, as XLA FFI handlers.
 //
 // Images are [N, V, C]: examples, voxels, channels. Both passes are bound by memory, so each reads and writes a tensor
 // as few times as the mathematics allows: forward two reads and a write, backward four reads and a write.
@@ -88,30 +88,32 @@ inline void ForBlocks(const Cut& cut, int64_t elements, const Body& body) {
   if (i < elements) body(i, elements - i);
 }
 
+template <typename T>
+void ChunkSum(const Cut& cut, const T* x, int64_t voxels, float* work, float* sums) {
+  std::fill(work, work + cut.block, 0.0f);
+  ForBlocks(cut, voxels * cut.channels, [&](int64_t i, int64_t length) {
+    const T* in = x + i;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < length; ++j) work[j] += Load(in[j]);
+  });
+  Fold(cut, work, sums);
+}
+
 // Mean of a chunk and sum of squared differences from it, per channel.
 template <typename T>
 void ChunkMoments(const Cut& cut, const T* x, int64_t voxels, float* work, float* mean, float* squares) {
   const int64_t elements = voxels * cut.channels;
-  std::fill(work, work + cut.block, 0.0f);
-  ForBlocks(cut, elements, [&](int64_t i, int64_t length) {
-    const T* in = x + i;
-    float* sum = work;
-#pragma GCC ivdep
-    for (int64_t j = 0; j < length; ++j) sum[j] += Load(in[j]);
-  });
-  Fold(cut, work, mean);
+  ChunkSum(cut, x, voxels, work, mean);
   for (int64_t c = 0; c < cut.channels; ++c) mean[c] /= static_cast<float>(voxels);
   float* means = work + cut.block;
   Repeat(cut, mean, means);
   std::fill(work, work + cut.block, 0.0f);
   ForBlocks(cut, elements, [&](int64_t i, int64_t length) {
     const T* in = x + i;
-    const float* centre = means;
-    float* sum = work;
 #pragma GCC ivdep
     for (int64_t j = 0; j < length; ++j) {
-      const float d = Load(in[j]) - centre[j];
-      sum[j] += d * d;
+      const float d = Load(in[j]) - means[j];
+      work[j] += d * d;
     }
   });
   Fold(cut, work, squares);
@@ -274,6 +276,22 @@ void Backward(const Cut& cut, int64_t examples, const T* x, const T* g, const fl
   }
 }
 
+template <typename T>
+void Sum(const Cut& cut, const T* x, float* sums) {
+  const int64_t c = cut.channels;
+  float* const partial = static_cast<float*>(Scratch(Bytes(cut.chunks * c + Threads() * cut.block)));
+  float* const spare = partial + cut.chunks * c;
+#pragma omp parallel for schedule(static)
+  for (int64_t k = 0; k < cut.chunks; ++k) {
+    ChunkSum(cut, x + k * cut.chunk * c, cut.Size(k), spare + omp_get_thread_num() * cut.block, partial + k * c);
+  }
+  for (int64_t i = 0; i < c; ++i) {
+    double sum = 0;
+    for (int64_t k = 0; k < cut.chunks; ++k) sum += partial[k * c + i];
+    sums[i] = static_cast<float>(sum);
+  }
+}
+
 using F32 = ffi::BufferR1<ffi::F32>;
 using Table = ffi::Result<ffi::BufferR2<ffi::F32>>;
 using In = ffi::AnyBuffer;
@@ -321,6 +339,15 @@ ffi::Error NormBackward(In x, In g, ffi::BufferR2<ffi::F32> mean, ffi::BufferR2<
   });
 }
 
+ffi::Error ChannelSum(In x, ffi::Result<F32> sums) {
+  return Dispatch(x.element_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const auto shape = x.dimensions();
+    const Cut cut(shape[0] * shape[1] * shape[2] * shape[3], shape[4]);
+    Sum(cut, static_cast<const T*>(x.untyped_data()), sums->typed_data());
+  });
+}
+
 }  // namespace
 }  // namespace medjax
 
@@ -346,3 +373,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(medjax_instance_norm_grad, medjax::NormBackward,
                                   .Ret<xla::ffi::BufferR2<xla::ffi::F32>>()
                                   .Ret<xla::ffi::BufferR2<xla::ffi::F32>>()
                                   .Attr<float>("slope"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(medjax_channel_sum, medjax::ChannelSum,
+                              xla::ffi::Ffi::Bind().Arg<medjax::In>().Ret<medjax::F32>());
