@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import subprocess
 import sys
@@ -16,8 +17,10 @@ import pytest
 from runs import PATCH, labels_of, make_run, run_predict
 from tiny import write_cohort, write_recipe
 
-from medjax import main, predict
+from medjax import evaluate, main, predict
+from medjax.data.cohort import Case
 from medjax.errors import run_program
+from medjax.tasks.segmentation import Segmentation
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -214,7 +217,7 @@ def test_modalities_by_number_by_name_and_as_channels(two: Path, tmp_path: Path)
         (["._a.nii.gz", "a.nii.gz", "a.txt", "c.hdr", "c.img"], ["MR"], {"a": "a.nii.gz", "c": "c.hdr"}),
         # Numbers that run on past the modalities are case numbers.
         (["s_0000.nii", "s_0001.nii"], ["MR"], {"s_0000": "s_0000.nii", "s_0001": "s_0001.nii"}),
-        (["a_T1.nii", "a_T1_c.nii"], ["T1", "T1_c"], {"a": ["a_T1.nii", "a_T1_c.nii"]}),
+        (["a_c.nii", "a_T1_c.nii"], ["c", "T1_c"], {"a": ["a_c.nii", "a_T1_c.nii"]}),
         (["T1.nii", "_T1.nii"], ["T1"], {"T1": "T1.nii", "_T1": "_T1.nii"}),
         (["a.nii", "b_0001.nii", "b_0000.nii"], ["T1", "T2"], {"a": ["a.nii"] * 2, "b": ["b_0000.nii", "b_0001.nii"]}),
     ],
@@ -360,6 +363,61 @@ def test_overlap_is_the_users(untrained: Path, tmp_path: Path) -> None:
     )
     assert (large[0] != large[1]).mean() > 0.001
     np.testing.assert_array_equal(*small)  # one window, whatever the overlap
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_regions_that_no_label_map_holds_are_scored_and_drawn(trained: Path, tmp_path: Path) -> None:
+    regions = {"left": ("shell", "core"), "right": ("core", "shell")}
+    run = make_run(tmp_path / "run", {"t": {"type": "segmentation", "levels": 1, "regions": regions}})
+    cohort = trained / "cohort"
+    cases = [
+        Case(f"case{i}", f"case{i}", {"MRI": cohort / "imagesTr" / f"case{i}.nii.gz"},
+             {"t": cohort / "labelsTr" / f"case{i}.nii.gz"})
+        for i in (0, 1)
+    ]  # fmt: skip
+    summary = evaluate.evaluate_split(predict.Run(run), "odd", cases, tmp_path / "odd")
+    assert set(summary["metrics"]["dice"]["per_class"]) == {"left", "right"}
+    assert {f for f in files_in(tmp_path / "odd") if f.endswith(".png")} == {"worst.png", "median.png", "best.png"}
+    for i in (0, 1):
+        whole = labels_of(cohort / "labelsTr" / f"case{i}.nii.gz") > 0
+        made = labels_of(tmp_path / "odd" / "predictions" / f"case{i}.nii.gz")
+        rows = [row for row in csv.DictReader((tmp_path / "odd" / "cases.csv").open()) if row["case"] == f"case{i}"]
+        for channel, row in enumerate(rows):
+            predicted = made[..., channel] > 0
+            dice = 2 * (predicted & whole).sum() / (predicted.sum() + whole.sum())
+            assert float(row["dice"]) == pytest.approx(dice, abs=1e-5)
+
+
+def test_what_is_drawn_of_regions() -> None:
+    labels = {"oedema": 1, "core": 4}
+    reference = np.array([0, 1, 4, 4], np.uint8).reshape(4, 1, 1)
+    nested = Segmentation("t", labels, {"a_whole": ("oedema", "core"), "core": ("core",)})
+    decoded = np.array([[1, 0], [0, 0], [1, 1], [0, 1]], bool).reshape(4, 1, 1, 2)
+    drawn = evaluate.drawable(nested, reference, decoded)
+    np.testing.assert_array_equal(drawn[0], reference)
+    assert drawn[1].ravel().tolist() == [1, 0, 4, 4]
+    assert drawn[2] == {1: "oedema", 4: "core"}
+    same = Segmentation("t", labels, {"one": ("oedema", "core"), "two": ("core", "oedema")})
+    drawn = evaluate.drawable(same, reference, decoded)
+    assert drawn[0].ravel().tolist() == [0, 2, 2, 2]
+    assert drawn[1].ravel().tolist() == [1, 0, 2, 2]
+    assert drawn[2] == {1: "one", 2: "two"}
+
+
+@pytest.mark.parametrize(
+    ("modalities", "channel"),
+    [
+        (("T1", "T1c", "T2", "FLAIR"), 1),
+        (("T1", "T2", "flair"), 2),
+        (("T1ce", "T1"), 0),
+        (("CT",), 0),
+        (("T2", "ADC"), 0),
+    ],
+)
+def test_the_channel_drawn_shows_a_tumour(modalities: tuple[str, ...], channel: int) -> None:
+    assert evaluate.shown_channel(modalities) == channel
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
