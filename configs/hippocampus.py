@@ -22,7 +22,7 @@ def get_config(arg=None):
             "split": {"file": "split.csv"},
             "preprocess": {"spacing": (1.0, 1.0, 1.0), "normalize": "zscore"},
             "patch": (40, 56, 40),
-            "batch_size": 8,
+            "batch_size": 4,
             "foreground": 0.33,
         }
     )
@@ -30,7 +30,7 @@ def get_config(arg=None):
         {
             # Left and right mirror each other; front and back are what is to be told apart.
             "mirror": (0,),
-            "affine": {"p": 0.3, "rotate": 15.0, "scale": 0.15},
+            "affine": {"p": 0.5, "rotate": 15.0, "scale": 0.15},
             "brightness": {"p": 0.15},
             "contrast": {"p": 0.15},
             "gamma": {"p": 0.3},
@@ -40,9 +40,9 @@ def get_config(arg=None):
     config.model = ConfigDict({"name": "unet", "features": (16, 32, 64, 128), "levels": 2})
     config.tasks = ConfigDict({"hippocampus": {"type": "segmentation", "levels": 2}})
     config.optim = ConfigDict(
-        {"name": "adamw", "lr": 3e-3, "weight_decay": 1e-2, "schedule": "cosine", "warmup": "30 steps", "ema": 0.995}
+        {"name": "adamw", "lr": 3e-3, "weight_decay": 1e-2, "schedule": "cosine", "warmup": "50 steps", "ema": 0.997}
     )
-    config.train = ConfigDict({"total": "600 steps", "eval_every": "150 steps", "checkpoint_every": "150 steps"})
+    config.train = ConfigDict({"total": "1300 steps", "eval_every": "325 steps", "checkpoint_every": "325 steps"})
     config.eval = ConfigDict({"splits": ("val",), "mirror": (0,)})
     if arg.debug:
         config.optim.warmup = "2 steps"

@@ -38,6 +38,7 @@ def defaults() -> ConfigDict:
     c.data.cohort = ""  # folder with dataset.json (MSD), a manifest (.csv, .json), or 'synthetic_brain'
     c.data.options = ConfigDict()  # arguments of the generator, for a synthetic cohort
     c.data.images = ConfigDict()  # manifest: modality -> column
+    c.data.modalities = ()  # manifest: order of the channels; empty: by name
     c.data.targets = ConfigDict()  # manifest: task -> column
     c.data.labels = ConfigDict()  # manifest: label name -> value in the mask
     c.data.id = "id"  # manifest: column of the case's name

@@ -63,11 +63,16 @@ def evaluate(workdir: Path, config: ConfigDict) -> None:
             f"the cohort '{cohort.name}' has {dict(cohort.labels)}"
         )
     splits = dataset.open_splits(cohort, config.data, config.seed)
-    names = [s for s in config.eval.splits if s in splits]
-    if not names:
-        raise UserError(f"config: eval.splits={tuple(config.eval.splits)}: the cohort has {', '.join(splits)}")
-    for name in names:
+    for name in splits_to_evaluate(config, splits):
         evaluate_split(run, name, splits[name], workdir / "eval" / name)
+
+
+def splits_to_evaluate(config: ConfigDict, splits: Mapping[str, Any]) -> list[str]:
+    """Those of `config.eval.splits` that there are; UserError if none."""
+    names = [name for name in config.eval.splits if name in splits]
+    if not names:
+        raise UserError(f"config: eval.splits={tuple(config.eval.splits)}: the cohort's splits are {', '.join(splits)}")
+    return names
 
 
 def evaluate_split(run: Run, split: str, cases: Sequence[cohorts.Case], folder: Path) -> dict[str, Any]:

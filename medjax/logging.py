@@ -44,22 +44,29 @@ class Metrics:
             self._file.flush()
         except OSError as error:
             raise UserError(f"{self._path}: cannot write: {error.strerror}") from error
-        if self._writer:
-            self._writer.write_scalars(step, {k: v for k, v in numbers.items() if math.isfinite(v)})
+        self._tensorboard("write_scalars", step, {k: v for k, v in numbers.items() if math.isfinite(v)})
         if self._wandb:
             self._wandb.log(numbers, step=step)
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
         """A picture uint8 [H, W, 3] for TensorBoard."""
-        if self._writer:
-            self._writer.write_images(step, {name: picture[None]})
+        self._tensorboard("write_images", step, {name: picture[None]})
 
     def close(self) -> None:
         self._file.close()
-        if self._writer:
-            self._writer.close()
+        self._tensorboard("close")
         if self._wandb:
             self._wandb.finish()
+
+    def _tensorboard(self, method: str, *arguments: Any) -> None:
+        """TensorBoard's events are a convenience: when they cannot be written (a full disk) the run goes on without."""
+        if self._writer is None:
+            return
+        try:
+            getattr(self._writer, method)(*arguments)
+        except Exception as error:
+            warn_once(f"TensorBoard events end here ({type(error).__name__}: {error}); metrics.jsonl goes on")
+            self._writer = None
 
 
 def _truncate(path: Path, step: int) -> None:

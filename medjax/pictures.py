@@ -284,6 +284,8 @@ def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
         os.umask(mask)
         os.chmod(name, 0o666 & ~mask)
         os.replace(name, target)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{target}: cannot write the picture ({error.strerror}); free some room") from error
         raise

@@ -28,6 +28,7 @@ from medjax.errors import UserError, write_atomic
 from medjax.logging import Metrics, Progress, duration, say
 from medjax.models.model import Model, build_model, parameter_count
 from medjax.ops import native
+from medjax.ops.native.cpus import usable_cpus
 
 
 @flax.struct.dataclass
@@ -108,7 +109,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         first_step=first,
         process=jax.process_index(),
         processes=jax.process_count(),
-        workers=dataset.usable_cpus(),
+        workers=usable_cpus(),
     )
     batches = parallel.prefetch(feed, mesh)
     batch = next(batches)
@@ -181,6 +182,7 @@ def open_job(config: ConfigDict) -> Job:
     splits = dataset.open_splits(cohort, config.data, config.seed)
     if "train" not in splits:
         raise UserError(f"config: data.split gives cohort '{cohort.name}' no 'train' split; it gives {list(splits)}")
+    evaluate.splits_to_evaluate(config, splits)
     job = tasks.build(config.tasks, cohort.labels)
     total = steps_of(config, "train.total", len(splits["train"]))
     plan = preprocess.fit(config.data.preprocess, cohort, splits["train"])
@@ -196,6 +198,11 @@ def prepare_sources(config: ConfigDict, job: Job) -> dict[str, pipeline.Source]:
             cases = dataset.prepare(job.plan, job.splits[name], config.data.workers, progress.update)
             progress.close()
             sources[name] = pipeline.Source(cases, tuple(job.tasks))
+    for name in config.eval.splits:
+        if name in job.splits and name not in sources:
+            progress = Progress(f"checking {name} cases", len(job.splits[name]))
+            dataset.check(job.plan, job.splits[name], config.data.workers, progress.update)
+            progress.close()
     shapes = [case.image.shape[:3] for case in sources["train"].cases]
     sampler.check_patch(config.data.patch, shapes, job.model.backbone.total_factor())
     check_targets(job.tasks, sources["train"])

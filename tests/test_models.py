@@ -126,7 +126,7 @@ def test_decode_and_paint_return_the_files_values() -> None:
     values = np.array([0, 1, 2, 4])
     probabilities = np.eye(4)[None, None].astype(np.float32)
     np.testing.assert_array_equal(task.decode(probabilities)[0, 0], values)
-    regions = Segmentation("t", LABELS, regions=REGIONS)
+    regions = Segmentation("t", LABELS, regions=dict(reversed(REGIONS.items())))  # any order: the largest paints first
     member = np.array([[[[0.1, 0.2, 0.3], [0.9, 0.1, 0.0], [0.9, 0.8, 0.2], [0.9, 0.9, 0.9]]]], np.float32)
     assert regions.paintable
     np.testing.assert_array_equal(regions.paint(regions.decode(member))[0, 0], [0, 2, 1, 4])

@@ -155,10 +155,10 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path: Path, monkeypatch: pyte
 
     def fail(self: Figure, file: object, **_: object) -> None:
         file.write(b"half")  # type: ignore[attr-defined]
-        raise OSError("disk full")
+        raise OSError(28, "disk full")
 
     monkeypatch.setattr(Figure, "savefig", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="a.png: cannot write the picture .disk full"):
         draw(path, image, None, labels)
     assert path.read_bytes() == before
     assert [child.name for child in path.parent.iterdir()] == ["a.png"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from medjax.data import cohort as cohorts
 from medjax.data import preprocess
 from medjax.errors import UserError
+from medjax.ops.native.cpus import usable_cpus
 
 
 def open_cohort(config: Mapping[str, Any], task: str) -> cohorts.Cohort:
@@ -32,16 +32,23 @@ def open_cohort(config: Mapping[str, Any], task: str) -> cohorts.Cohort:
     if path.is_dir():
         return cohorts.from_msd(path, task, group=config["group"] or None)
     if path.suffix.lower() in (".csv", ".json"):
-        if not config["images"]:
+        images = dict(config["images"])
+        if not images:
             raise UserError("config: a manifest needs data.images, e.g. {'T1': 't1_file', 'T2': 't2_file'}")
+        order = tuple(config["modalities"]) or tuple(images)
+        if sorted(order) != sorted(images):
+            raise UserError(
+                f"config: data.modalities={order} must name each modality of data.images once: {list(images)}"
+            )
         return cohorts.from_manifest(
             path,
-            dict(config["images"]),
+            {modality: images[modality] for modality in order},
             dict(config["targets"]),
             dict(config["labels"]),
             id=config["id"],
             group=config["group"] or None,
             split=config["split"]["column"] or None,
+            allow_missing=config["preprocess"]["missing"] == "zero",
         )
     raise UserError(f"{path}: data.cohort is neither a folder nor a .csv or .json manifest; check the path")
 
@@ -56,13 +63,6 @@ def open_splits(cohort: cohorts.Cohort, config: Mapping[str, Any], seed: int) ->
     return cohorts.split(cohort, spec, seed)
 
 
-def largest_shape(plan: preprocess.Plan, cases: Sequence[cohorts.Case]) -> tuple[int, int, int]:
-    """A shape no prepared case exceeds on any axis, from the headers alone (a crop can only make them smaller)."""
-    shapes = [plan.prepared_shape(case) for case in cases]
-    x, y, z = (max(shape[axis] for shape in shapes) for axis in range(3))
-    return x, y, z
-
-
 def prepare(
     plan: preprocess.Plan,
     cases: Sequence[cohorts.Case],
@@ -74,21 +74,40 @@ def prepare(
     Args:
       workers: 0: one a usable CPU. progress: told how many are done.
     """
-    prepared = []
-    with ThreadPoolExecutor(workers or usable_cpus()) as pool:
-        jobs = [pool.submit(preprocess.prepare_case, case, plan) for case in cases]
-        try:
-            for job in jobs:
-                prepared.append(job.result())
-                if progress:
-                    progress(len(prepared))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    prepared = _each(lambda case: preprocess.prepare_case(case, plan), cases, workers, progress)
     preprocess.compare_intensities({c.id: p.scale for c, p in zip(cases, prepared, strict=True)}, plan.modalities)
     return prepared
 
 
-def usable_cpus() -> int:
-    """CPUs this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def check(
+    plan: preprocess.Plan,
+    cases: Sequence[cohorts.Case],
+    workers: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Raises what `prepare` would for any of the cases, and keeps none: a bad test case is told before training."""
+
+    def read(case: cohorts.Case) -> None:
+        preprocess.prepare_case(case, plan)
+
+    _each(read, cases, workers, progress)
+
+
+def _each(
+    function: Callable[[cohorts.Case], Any],
+    cases: Sequence[cohorts.Case],
+    workers: int,
+    progress: Callable[[int], None] | None,
+) -> list[Any]:
+    done = []
+    with ThreadPoolExecutor(workers or usable_cpus()) as pool:
+        jobs = [pool.submit(function, case) for case in cases]
+        try:
+            for job in jobs:
+                done.append(job.result())
+                if progress:
+                    progress(len(done))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return done

@@ -34,6 +34,7 @@ from typing import IO, Any
 import numpy as np
 
 from medjax.errors import UserError
+from medjax.ops.native.cpus import usable_cpus
 
 MODALITIES = ("T1", "T1c", "T2", "FLAIR")
 LABELS = {
@@ -191,7 +192,7 @@ def brain_cohort(
             }
             for number, name in enumerate(ids)
         ]
-        n_workers = min(workers or _n_cpus(), len(jobs))
+        n_workers = min(workers or usable_cpus(), len(jobs))
         with _Progress(len(jobs), f"synthetic cohort {target}", progress) as bar:
             if n_workers == 1:
                 for job in jobs:
@@ -727,11 +728,6 @@ def _remove_stale(cache: Path, name: str) -> None:
 
 
 # ---- processes
-
-
-def _n_cpus() -> int:
-    """CPUs that this process may use; macOS cannot tell and counts all."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Progress:

@@ -134,7 +134,8 @@ def check_affine(affine: np.ndarray, name: str) -> None:
 
 def shear(affine: np.ndarray) -> float:
     """Largest |cosine| between two axes of `affine` [4, 4]; 0 for an orthogonal grid, above 0 with gantry tilt."""
-    directions = affine[:3, :3] / np.array(spacing_of(affine))
+    with np.errstate(divide="ignore", invalid="ignore"):  # an axis of no length is reported elsewhere
+        directions = affine[:3, :3] / np.array(spacing_of(affine))
     worst = float(np.abs(directions.T @ directions - np.eye(3)).max())
     return worst if worst > _MAX_SHEAR else 0.0
 
@@ -196,12 +197,12 @@ def finite(volume: Volume, policy: str = "error") -> Volume:
       UserError: naming the file, the count and the cure; or an unknown policy.
     """
     if policy not in ("error", "zero"):
-        raise UserError(f"data.nonfinite={policy!r} is not known; use 'error' or 'zero'")
+        raise UserError(f"data.preprocess.nonfinite={policy!r} is not known; use 'error' or 'zero'")
     if volume.nonfinite == 0:
         return volume
     if policy == "error":
         raise UserError(
             f"{volume.name}: {volume.nonfinite} of {volume.data.size} values are NaN or infinite. Repair the file, or "
-            "set data.nonfinite='zero' to replace them by 0."
+            "set data.preprocess.nonfinite='zero' to replace them by 0."
         )
     return replace(volume, data=np.nan_to_num(volume.data, nan=0.0, posinf=0.0, neginf=0.0), nonfinite=0)

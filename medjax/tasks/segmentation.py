@@ -25,8 +25,8 @@ class Segmentation:
     Attributes:
       name: the task's name; also the target's key in a case.
       labels: label name -> value in the mask file, background (0) left out or named 'background'.
-      regions: region name -> label names it covers; empty: the labels themselves, exclusive. Regions may overlap; they
-        are painted in their order when a single label map is written, so name the larger first.
+      regions: region name -> label names it covers; empty: the labels themselves, exclusive. Regions may overlap; kept
+        from the one of most labels to the one of fewest, the order in which they are painted into a single label map.
       levels: decoder levels that are supervised; level i weighs 2^-i (nnU-Net's deep supervision).
       weight: of this task among several.
       ce, dice: weights of the two parts of the loss.
@@ -45,6 +45,8 @@ class Segmentation:
     nsd_tolerance: float = 1.0
 
     def __post_init__(self) -> None:
+        ordered = sorted(self.regions.items(), key=lambda item: -len(item[1]))
+        object.__setattr__(self, "regions", dict(ordered))
         if not self.foreground:
             raise UserError(f"task '{self.name}': the cohort declares no label besides the background")
         for region, parts in self.regions.items():
