@@ -21,7 +21,8 @@ def source() -> Source:
     cases: list[Any] = []
     for i in range(5):
         shape = (9 + i, 10, 5 - i % 2 * 3)  # some are thinner than the patch
-        target = (rng.random(shape) < 0.1).astype(np.uint8) * (i % 2 + 1)
+        # One mask needs a wider type than the others.
+        target = (rng.random(shape) < 0.1).astype(np.uint16 if i == 4 else np.uint8) * (300 if i == 4 else i % 2 + 1)
         cases.append(
             SimpleNamespace(
                 image=rng.normal(size=(*shape, 2)).astype(np.float32),
@@ -57,6 +58,7 @@ def test_rows_are_the_samplers(source: Source) -> None:
             assert batch["modality"][i].tolist() == [True, number != 1]
             if number != 3:
                 np.testing.assert_array_equal(batch["a/target"][i], cut(case.targets["a"], start, PATCH))
+        assert batch["a/target"].dtype == np.uint16
         assert batch["valid"].all()
         np.testing.assert_array_equal(batch["spacing"], np.tile([1.0, 2.0, 3.0], (3, 1)).astype(np.float32))
 

@@ -6,7 +6,7 @@ Rows are `sampler.Sampler` examples: the pipeline can start at any step and give
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +27,12 @@ class Source:
     cases: Sequence[Any]
     tasks: Sequence[str]
     points: Sequence[list[np.ndarray]] = field(init=False)
+    dtypes: Mapping[str, np.dtype] = field(init=False)
 
     def __post_init__(self) -> None:
+        # Each case keeps its mask in the smallest type that holds it; a batch has one type for all.
+        kinds = {t: [c.targets[t].dtype for c in self.cases if t in c.targets] or [np.uint8] for t in self.tasks}
+        object.__setattr__(self, "dtypes", {t: np.result_type(*found) for t, found in kinds.items()})
         found = []
         for number, case in enumerate(self.cases):
             found.append(
@@ -49,14 +53,9 @@ class Source:
         for task in self.tasks:
             known = task in case.targets
             row[f"{task}/mask"] = np.bool_(known and valid)
-            row[f"{task}/target"] = (
-                cut(case.targets[task], start, patch) if known else np.zeros(patch, self.dtype(task))
-            )
+            target = cut(case.targets[task], start, patch) if known else np.zeros(patch)
+            row[f"{task}/target"] = target.astype(self.dtypes[task])
         return row
-
-    def dtype(self, task: str) -> Any:
-        """Of the task's masks: int16 holds every label the readers accept."""
-        return np.int16 if any(c.targets[task].dtype != np.uint8 for c in self.cases if task in c.targets) else np.uint8
 
 
 def train_batches(
