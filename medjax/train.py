@@ -272,7 +272,8 @@ def make_train_step(
             losses = jnp.where(batch[f"{name}/mask"], task.loss(outputs[name], batch), 0.0)
             sums[name] = jnp.sum(losses) * share[name]
             total += task.weight * sums[name]
-        return total, {"loss": total, **{f"loss/{k}": v for k, v in sums.items()}}
+        parts = {f"loss/{name}": value for name, value in sums.items()} if len(sums) > 1 else {}
+        return total, {"loss": total, **parts}
 
     def step(state: State, batch: dict[str, Any]) -> tuple[State, dict[str, Any]]:
         batch = augment(batch)

@@ -19,7 +19,7 @@ from jax import lax
 
 from medjax.errors import UserError
 from medjax.ops import native
-from medjax.ops.conv3d import conv3d
+from medjax.ops.conv3d import conv3d, patch_conv, patch_conv_transpose
 from medjax.ops.native import build, cpus
 
 REPO = Path(__file__).resolve().parents[1]
@@ -114,6 +114,64 @@ def test_common_kernels(kernel, groups, dtype):
     bound = 1e-5 if dtype == jnp.float32 else 2e-2
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert relative(a, b) < bound
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("kernel", "strides", "dilation", "padding", "channels"),
+    [
+        ((7, 7, 7), 1, 1, "SAME", 32),
+        ((3, 3, 3), 2, 1, "SAME", 17),
+        ((5, 3, 2), (1, 2, 3), (1, 2, 1), "VALID", 3),
+        ((3, 3, 3), 1, 2, [(1, 0), (3, 2), (5, 1)], 40),
+        ((3, 5, 3), (2, 1, 2), 2, [(0, 3), (1, 2), (9, 8)], 16),
+        ((1, 3, 5), 1, 1, [(0, 0), (2, 2), (6, 0)], 2),
+    ],
+)
+def test_depthwise(kernel, strides, dilation, padding, channels, dtype):
+    x, w, bias = arrays((2, 12, 13, 14, channels), (*kernel, 1, channels), (channels,), dtype=dtype)
+
+    def pulled(function, *operands):
+        y, back = jax.vjp(lambda x, w, b: function(x, w, strides, padding, dilation, channels, b), *operands)
+        return y, *back(jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape).astype(y.dtype))
+
+    got = pulled(conv3d, x, w, bias)
+    want = pulled(reference, *(a.astype(jnp.float32) for a in (x, w, bias)))
+    for a, b in zip(got, want, strict=True):
+        assert relative(a, b) < (1e-5 if dtype == jnp.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("cell", [(2, 2, 2), (1, 2, 2), (2, 1, 3)])
+def test_maps_of_cells_are_the_strided_convolution_and_its_transpose(cell):
+    x, w, bias = arrays((2, 4, 6, 6, 3), (*cell, 3, 5), (5,))
+    down = patch_conv(x, w, bias)
+    assert relative(down, reference(x, w, cell, "VALID", bias=bias)) < 1e-6
+    up = np.asarray(patch_conv_transpose(x, w, bias))
+    assert up.shape == (2, 4 * cell[0], 6 * cell[1], 6 * cell[2], 5)
+    for i, j, k in np.ndindex(*cell):
+        want = np.asarray(x, np.float64) @ np.asarray(w[i, j, k], np.float64) + np.asarray(bias, np.float64)
+        assert relative(up[:, i :: cell[0], j :: cell[1], k :: cell[2]], want) < 1e-6
+
+
+@pytest.mark.parametrize("function", [patch_conv, patch_conv_transpose])
+def test_gradients_of_maps_of_cells(function):
+    x, w, bias = arrays((2, 4, 6, 6, 3), (2, 1, 2, 3, 5), (5,))
+
+    def derivatives():
+        loss = lambda *a: jnp.sum(jnp.sin(function(*a)))  # noqa: E731
+        penalty = lambda *a: sum(jnp.sum(g**2) for g in jax.grad(loss, (0, 1, 2))(*a))  # noqa: E731
+        return jax.grad(loss, (0, 1, 2))(x, w, bias), jax.grad(penalty, (0, 1, 2))(x, w, bias)
+
+    got = derivatives()
+    with native.disabled():
+        want = derivatives()
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert relative(a, b) < 1e-5
+
+
+def test_an_image_that_is_not_whole_cells_is_refused():
+    with pytest.raises(ValueError, match="whole number of cells"):
+        patch_conv(jnp.zeros((1, 4, 5, 4, 3)), jnp.zeros((2, 2, 2, 3, 4)))
 
 
 def test_gradient_agrees_with_finite_differences():
@@ -249,7 +307,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from medjax.ops.conv3d import conv3d
+from medjax.ops.conv3d import conv3d, patch_conv, patch_conv_transpose
 key = jax.random.key(0)
 x, w, b = jax.random.normal(key, (8, 6, 6, 6, 3)), jax.random.normal(key, (3, 3, 3, 3, 4)), jnp.arange(4.0)
 step = lambda w, b, x: jax.value_and_grad(lambda w, b, x: jnp.sum(jnp.sin(conv3d(x, w, bias=b))), (0, 1, 2))(w, b, x)
@@ -282,7 +340,7 @@ def test_the_batch_axis_stays_sharded_over_eight_devices():
 
 ONE_CALL = """
 import jax.numpy as jnp
-from medjax.ops.conv3d import conv3d
+from medjax.ops.conv3d import conv3d, patch_conv, patch_conv_transpose
 from medjax.ops import native
 print(float(conv3d(jnp.ones((1, 4, 4, 4, 1)), jnp.ones((3, 3, 3, 1, 1)))[0, 1, 1, 1, 0]))
 print(native.status())

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
-from runs import PATCH, labels_of, make_run, run_predict
 from tiny import write_cohort, write_recipe
+from untrained import PATCH, labels_of, make_run, run_predict
 
 from medjax import evaluate, main, predict
 from medjax.data.cohort import Case

@@ -10,7 +10,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from runs import labels_of, make_run, run_predict
+from untrained import labels_of, make_run, run_predict
 
 from medjax import main
 from medjax.errors import run_program
