@@ -3,6 +3,9 @@
 Data: a folder in Decathlon layout with `dataset.json` and `split.csv` (columns id, split), found at `data=` or else at
 `MEDJAX_DATA`/hippocampus or ../shared/data/hippocampus.
 
+Score: mean validation Dice 0.88 (anterior 0.89, posterior 0.87). Cost: 12 minutes of training on 2 idle CPU cores. See
+docs/benchmarks.md.
+
 Arguments: `debug` (a few steps), `data=FOLDER`.
 """
 

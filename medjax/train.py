@@ -77,6 +77,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     mesh = parallel.make_mesh(config.mesh)
     parallel.check_batch(config.data.batch_size, config.optim.accumulate, mesh)
     job = open_job(config)
+    sampler.check_multiple(config.data.patch, job.model.backbone.total_factor())
     every = intervals(config, len(job.splits["train"]))
     checkpoints = Checkpoints(workdir)
     newest = checkpoints.newest("latest")
@@ -204,7 +205,7 @@ def prepare_sources(config: ConfigDict, job: Job) -> dict[str, pipeline.Source]:
             dataset.check(job.plan, job.splits[name], config.data.workers, progress.update)
             progress.close()
     shapes = [case.image.shape[:3] for case in sources["train"].cases]
-    sampler.check_patch(config.data.patch, shapes, job.model.backbone.total_factor())
+    sampler.check_filled(config.data.patch, shapes, job.model.backbone.total_factor())
     check_targets(job.tasks, sources["train"])
     return sources
 

@@ -370,7 +370,7 @@ def test_nonfinite_values(tmp_path):
     data = noise(4, 4, 4)
     data[0, 0, 0], data[1, 1, 1] = np.nan, -np.inf
     case = Case("a", "a", {"T1": save(tmp_path / "nan.nii.gz", data)})
-    with pytest.raises(UserError, match=r"nan\.nii\.gz: 2 of 64 values .*data\.nonfinite='zero'"):
+    with pytest.raises(UserError, match=r"nan\.nii\.gz: 2 of 64 values .*data\.preprocess\.nonfinite='zero'"):
         prepare_case(case, plan())
     out = prepare_case(case, plan(nonfinite="zero")).image[..., 0]
     np.testing.assert_array_equal(out, np.where(np.isfinite(data), data, 0))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medjax.data.sampler import Sampler, check_patch, cut, foreground_points
+from medjax.data.sampler import Sampler, check_filled, check_multiple, cut, foreground_points
 from medjax.errors import UserError
 
 POINTS = [np.array([[3, 4, 5], [9, 9, 9]]), np.array([[0, 0, 0]])]
@@ -84,8 +84,9 @@ def test_cut_equals_padding() -> None:
 
 
 def test_check_patch() -> None:
-    check_patch((32, 32, 32), [(30, 31, 29)], (8, 8, 8))
+    check_multiple((32, 40, 8), (8, 8, 8))
+    check_filled((32, 32, 32), [(30, 31, 29)], (8, 8, 8))
     with pytest.raises(UserError, match=r"multiple of .*\(8, 8, 8\); the nearest is \(32, 40, 8\)"):
-        check_patch((30, 40, 3), [(64, 64, 64)], (8, 8, 8))
+        check_multiple((30, 40, 3), (8, 8, 8))
     with pytest.raises(UserError, match=r"larger than every padded training volume.*use data.patch=\(32, 40, 32\)"):
-        check_patch((64, 64, 64), [(30, 20, 25), (10, 37, 30)], (8, 8, 8))
+        check_filled((64, 64, 64), [(30, 20, 25), (10, 37, 30)], (8, 8, 8))

@@ -101,19 +101,22 @@ def cut(array: np.ndarray, start: Any, patch: Sequence[int], fill: Any = 0) -> n
     return out
 
 
-def check_patch(patch: Sequence[int], shapes: Sequence[Sequence[int]], factor: Sequence[int]) -> None:
-    """Raises UserError for a patch the network cannot halve, or one that no volume fills even after padding.
-
-    Args:
-      shapes: of the prepared training volumes. factor: total downsampling of the network (x, y, z).
-    """
-    wrong = [p % f for p, f in zip(patch, factor, strict=True)]
-    if any(wrong) or min(patch) < 1:
+def check_multiple(patch: Sequence[int], factor: Sequence[int]) -> None:
+    """Raises UserError for a patch the network cannot halve; `factor` is its total downsampling (x, y, z)."""
+    if min(patch) < 1 or any(p % f for p, f in zip(patch, factor, strict=True)):
         near = tuple(max(f, round(p / f) * f) for p, f in zip(patch, factor, strict=True))
         raise UserError(
             f"config: data.patch={tuple(patch)} must be a multiple of the network's downsampling {tuple(factor)}; "
             f"the nearest is {near}"
         )
+
+
+def check_filled(patch: Sequence[int], shapes: Sequence[Sequence[int]], factor: Sequence[int]) -> None:
+    """Raises UserError for a patch that no volume fills along every axis, even after padding.
+
+    Args:
+      shapes: of the prepared training volumes. factor: total downsampling of the network (x, y, z).
+    """
     largest = np.max(np.asarray(shapes), axis=0)
     # A volume is padded to what the network can halve; a patch beyond that would hold nothing but padding.
     padded = tuple(int(-(-n // f) * f) for n, f in zip(largest, factor, strict=True))
