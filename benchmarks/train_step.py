@@ -42,6 +42,7 @@ def _ours(case: str, dtype: str, mode: str) -> Setup:
         import jax.numpy as jnp
         import optax
 
+        from medjax import runtime
         from medjax.losses import segmentation
         from medjax.models.layers import Conv3D
         from medjax.models.unet import UNet
@@ -73,16 +74,19 @@ def _ours(case: str, dtype: str, mode: str) -> Setup:
             return optax.apply_updates(params, update), state, value
 
         forward = jax.jit(net.apply)
-        versions = {"jax": jax.__version__}
-        if mode == "infer":
-            return lambda: forward(params, x).block_until_ready(), versions
         kept = [params, jax.jit(optimizer.init)(params)]
 
         def train() -> None:
             kept[0], kept[1], value = step(*kept)
             value.block_until_ready()
 
-        return train, versions
+        def infer() -> None:
+            forward(params, x).block_until_ready()
+
+        run = train if mode == "train" else infer
+        run()
+        runtime.release_unused()
+        return run, {"jax": jax.__version__}
 
     return setup
 

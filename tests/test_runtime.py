@@ -53,12 +53,15 @@ def start(folder: Path, *arguments: str, **environment: str) -> tuple[dict, subp
     os.close(write)
     merged = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "MEDJAX_HUGEPAGES", "LD_PRELOAD")}
     merged |= {"PYTHONPATH": os.pathsep.join((str(REPO), str(folder))), "PIPE": str(read), **environment}
-    done = subprocess.run(
-        [sys.executable, "-X", "utf8", *(arguments or ("-m", "program"))],
-        env=merged, cwd=folder, input="from stdin", capture_output=True, text=True, timeout=60, pass_fds=[read],
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
-    )  # fmt: skip
-    os.close(read)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # handed down, as nohup does
+    try:
+        done = subprocess.run(
+            [sys.executable, "-X", "utf8", *(arguments or ("-m", "program"))],
+            env=merged, cwd=folder, input="from stdin", capture_output=True, text=True, timeout=60, pass_fds=[read],
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        os.close(read)
     lines = done.stdout.splitlines()
     assert len(lines) > 1, done.stderr
     told = json.loads(lines[-1])

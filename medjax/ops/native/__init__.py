@@ -42,7 +42,10 @@ def enabled() -> bool:
 
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
-    """Programs traced inside use XLA's own operations only, e.g. to export for other hosts or to count FLOPs."""
+    """Programs traced inside use XLA's own operations only, e.g. to export for other hosts or to count FLOPs.
+
+    What `jax.jit` has traced before stays as it was: give it a new function (`jax.jit(lambda *a: f(*a))`).
+    """
     before = getattr(_local, "disabled", False)
     _local.disabled = True
     try:
@@ -121,6 +124,10 @@ def supports_bfloat16() -> bool:
 
 def status() -> str:
     """One line for a run's report: which convolution the CPU backend uses, or why not the native one."""
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return f"native CPU kernels: not used, the backend is {jax.default_backend()}"
     if not enabled():
         return "native CPU kernels: off (MEDJAX_NATIVE=0)"
     loaded = _load()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import os
@@ -19,8 +18,8 @@ from pathlib import Path
 from medjax.ops.native.cpus import usable_cpus
 
 _HERE = Path(__file__).resolve().parent
-_SOURCES = ("team.cc", "conv3d.cc", "norm.cc")
-_HEADERS = ("team.h",)
+_SOURCES = ("team.cc", "conv3d.cc", "depthwise.cc", "norm.cc")
+_HEADERS = ("team.h", "conv3d.h", "element.h")
 _RUNTIME_WHEEL, _HEADER_WHEEL = "onednn-cpu-gomp", "onednn-devel-cpu-gomp"
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-fPIC", "-fopenmp", "-w")
 _TIMEOUT_S = 600
@@ -81,6 +80,8 @@ def _key() -> str:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
+    import fcntl  # Unix only
+
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # released with the file, also by a process that dies
         yield
@@ -151,7 +152,7 @@ def library() -> Path:
         with _locked(folder / f"{target.stem}.lock"):
             if not target.exists():
                 _compile(target)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
         raise Unavailable(
             f"the cache of built kernels cannot be used ({error}): set MEDJAX_CACHE to a folder"
         ) from None

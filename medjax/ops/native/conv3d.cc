@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "conv3d.h"
 #include "dnnl.hpp"
 #include "team.h"
 #include "xla/ffi/api/ffi.h"
@@ -24,27 +25,16 @@ using dnnl::memory;
 using Dims = memory::dims;
 using Ints = ffi::Span<const int64_t>;
 
-enum class Op : int64_t { kForward, kInputGrad, kFilterGrad };
-
-// What a primitive depends on. Also the key of the cache, as a flat list of numbers.
-struct Problem {
-  Op op;
-  memory::data_type type;
-  bool bias;
-  Dims image;   // N, X, Y, Z, C of the convolution's input
-  Dims filter;  // KX, KY, KZ, C / groups, F
-  Dims output;  // N, X, Y, Z, F
-  Dims strides, low, high, dilation;
-  int64_t groups;
-
-  std::vector<int64_t> Key() const {
-    std::vector<int64_t> key = {static_cast<int64_t>(op), static_cast<int64_t>(type), bias, groups};
-    for (const Dims* part : {&image, &filter, &output, &strides, &low, &high, &dilation}) {
-      key.insert(key.end(), part->begin(), part->end());
-    }
-    return key;
+// What a primitive depends on, as a flat list of numbers: the key of the cache.
+std::vector<int64_t> Key(const Problem& p) {
+  std::vector<int64_t> key = {static_cast<int64_t>(p.op), p.bfloat16, p.bias, p.groups};
+  for (const Dims* part : {&p.image, &p.filter, &p.output, &p.strides, &p.low, &p.high, &p.dilation}) {
+    key.insert(key.end(), part->begin(), part->end());
   }
-};
+  return key;
+}
+
+memory::data_type Type(const Problem& p) { return p.bfloat16 ? memory::data_type::bf16 : memory::data_type::f32; }
 
 dnnl::engine& Engine() {
   static dnnl::engine engine(dnnl::engine::kind::cpu, 0);
@@ -65,8 +55,8 @@ Dims FilterDims(const Problem& p) {
 memory::desc FilterDesc(const Problem& p) {
   const Dims& f = p.filter;
   const int64_t c = f[4], z = f[3] * c, y = f[2] * z, x = f[1] * y;
-  if (p.groups == 1) return {FilterDims(p), p.type, Dims{1, c, x, y, z}};
-  return {FilterDims(p), p.type, Dims{f[4] / p.groups, 1, c, x, y, z}};
+  if (p.groups == 1) return {FilterDims(p), Type(p), Dims{1, c, x, y, z}};
+  return {FilterDims(p), Type(p), Dims{f[4] / p.groups, 1, c, x, y, z}};
 }
 
 constexpr std::size_t kAlign = 4096;
@@ -104,12 +94,12 @@ Prepared Prepare(const Problem& p) {
   attr.set_fpmath_mode(dnnl::fpmath_mode::strict);
 
   Prepared ready;
-  ready.image = ImageDesc(p.image, p.type);
-  ready.output = ImageDesc(p.output, p.type);
+  ready.image = ImageDesc(p.image, Type(p));
+  ready.output = ImageDesc(p.output, Type(p));
   ready.outer_filter = FilterDesc(p);
-  if (p.bias) ready.bias = memory::desc({p.filter[4]}, p.type, memory::format_tag::x);
+  if (p.bias) ready.bias = memory::desc({p.filter[4]}, Type(p), memory::format_tag::x);
   // Sums over a whole volume are kept in float32 until the reorder rounds them.
-  const auto filter_type = p.op == Op::kFilterGrad ? memory::data_type::f32 : p.type;
+  const auto filter_type = p.op == Op::kFilterGrad ? memory::data_type::f32 : Type(p);
   const memory::desc filter(FilterDims(p), filter_type, memory::format_tag::any);
   Dims dilation;
   for (int64_t d : p.dilation) dilation.push_back(d - 1);  // oneDNN counts the gaps
@@ -127,7 +117,7 @@ Prepared Prepare(const Problem& p) {
     return ready;
   }
   // The gradients' descriptors want a forward one as a hint; only its formats matter.
-  const memory::desc hint(FilterDims(p), p.type, memory::format_tag::any);
+  const memory::desc hint(FilterDims(p), Type(p), memory::format_tag::any);
   const dnnl::convolution_forward::primitive_desc forward(engine, prop_kind::forward_training, kDirect, ready.image,
                                                           hint, ready.output, p.strides, dilation, p.low, p.high);
   if (p.op == Op::kInputGrad) {
@@ -144,18 +134,11 @@ Prepared Prepare(const Problem& p) {
   return ready;
 }
 
-struct Pointers {
-  void* image;
-  void* filter;
-  void* output;
-  void* bias;
-};
-
 // On the team's thread.
 void Execute(const Problem& problem, const Pointers& at) {
   static std::map<std::vector<int64_t>, std::unique_ptr<Prepared>> cache;
   static dnnl::stream stream(Engine());
-  auto& slot = cache[problem.Key()];
+  auto& slot = cache[Key(problem)];
   if (slot == nullptr) slot = std::make_unique<Prepared>(Prepare(problem));
   const Prepared& ready = *slot;
 
@@ -195,15 +178,9 @@ ffi::Error Run(Op op, const ffi::AnyBuffer& image, const ffi::AnyBuffer& filter,
                void* bias, Ints strides, Ints low, Ints high, Ints dilation, int64_t groups) {
   Problem problem;
   problem.op = op;
-  switch (image.element_type()) {
-    case ffi::DataType::F32:
-      problem.type = memory::data_type::f32;
-      break;
-    case ffi::DataType::BF16:
-      problem.type = memory::data_type::bf16;
-      break;
-    default:
-      return ffi::Error(ffi::ErrorCode::kInvalidArgument, "conv3d: only float32 and bfloat16");
+  problem.bfloat16 = image.element_type() == ffi::DataType::BF16;
+  if (!problem.bfloat16 && image.element_type() != ffi::DataType::F32) {
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument, "conv3d: only float32 and bfloat16");
   }
   problem.bias = bias != nullptr;
   problem.image = ToDims(image.dimensions());
@@ -216,7 +193,7 @@ ffi::Error Run(Op op, const ffi::AnyBuffer& image, const ffi::AnyBuffer& filter,
   problem.groups = groups;
   const Pointers at = {image.untyped_data(), filter.untyped_data(), output.untyped_data(), bias};
   try {
-    RunOnTeam([&] { Execute(problem, at); });
+    RunOnTeam([&] { IsDepthwise(problem) ? ExecuteDepthwise(problem, at) : Execute(problem, at); });
   } catch (const std::exception& error) {
     return ffi::Error(ffi::ErrorCode::kInternal, std::string("conv3d by oneDNN: ") + error.what());
   }

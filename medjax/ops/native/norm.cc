@@ -8,13 +8,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <numeric>
 #include <omp.h>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "element.h"
 #include "team.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -27,26 +27,6 @@ namespace ffi = xla::ffi;
 constexpr int64_t kChunkElements = 4096;
 // Loops run over blocks of whole voxels at least this long, whatever the number of channels.
 constexpr int64_t kVector = 16, kMinBlock = 128;
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-inline float Load(float value) { return value; }
-inline float Load(BFloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
-
-inline void Store(float value, float& at) { at = value; }
-inline void Store(float value, BFloat16& at) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  at.bits = static_cast<uint16_t>(value == value ? rounded : 0x7FC0);
-}
 
 // How the voxels of one example are cut.
 struct Cut {

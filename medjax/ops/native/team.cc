@@ -1,6 +1,7 @@
 #include "team.h"
 
 #include <omp.h>
+#include <sched.h>
 #include <sys/mman.h>
 
 #include <atomic>
@@ -10,6 +11,7 @@
 #include <mutex>
 #include <new>
 #include <thread>
+#include <vector>
 
 namespace medjax {
 namespace {
@@ -44,9 +46,29 @@ class Team {
  private:
   Team() { std::thread([this] { Loop(); }).detach(); }
 
+  // One thread a CPU, where the team has as many threads as the process may use CPUs. Otherwise, on a busy host, a
+  // thread woken for a short job is put on the CPU of the one that wakes it, and the two take turns. A smaller team
+  // stays free: other processes may have teams on the same CPUs.
+  static void Pin() {
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) != g_threads) return;
+    std::vector<int> cpus;
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+      if (CPU_ISSET(cpu, &allowed)) cpus.push_back(cpu);
+    }
+#pragma omp parallel
+    {
+      cpu_set_t own;
+      CPU_ZERO(&own);
+      CPU_SET(cpus[omp_get_thread_num() % cpus.size()], &own);
+      sched_setaffinity(0, sizeof own, &own);
+    }
+  }
+
   [[noreturn]] void Loop() {
     omp_set_dynamic(0);
     omp_set_num_threads(g_threads);
+    Pin();
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
       arrived_.wait(lock, [&] { return !queue_.empty(); });
