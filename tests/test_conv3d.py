@@ -142,6 +142,32 @@ def test_depthwise(kernel, strides, dilation, padding, channels, dtype):
         assert relative(a, b) < (1e-5 if dtype == jnp.float32 else 2e-2)
 
 
+@pytest.mark.parametrize(
+    ("shape", "kernel", "features", "padding"),
+    [
+        ((2, 15, 11, 13, 16), (3, 3, 3), 32, "SAME"),
+        ((1, 14, 14, 15, 48), (3, 3, 3), 16, "VALID"),
+        ((3, 9, 14, 13, 32), (3, 3, 1), 48, "SAME"),
+        ((3, 9, 14, 13, 16), (1, 3, 3), 32, ((0, 0), (2, 1), (0, 2))),
+        ((2, 16, 3, 29, 80), (3, 1, 3), 16, ((1, 1), (2, 0), (0, 4))),
+    ],
+)
+def test_minimal_filtering(shape, kernel, features, padding):
+    x, w, bias = arrays(shape, (*kernel, shape[4], features), (features,))
+
+    def pulled(function, x, w, bias, g):
+        y, back = jax.vjp(lambda x, w, b: function(x, w, padding=padding, bias=b), x, w, bias)
+        return y, *back(g)
+
+    (g,) = arrays(jax.eval_shape(lambda: conv3d(x, w, padding=padding)).shape, seed=1)
+    ours = jax.jit(functools.partial(pulled, conv3d))(x, w, bias, g)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(a, np.float64)) for a in (x, w, bias, g)]
+        exact = pulled(reference, *wide)
+    for value, wanted, bound in zip(ours, exact, (1e-6, 1e-5, 1e-5, 1e-5), strict=True):
+        assert relative(value, wanted) < bound
+
+
 @pytest.mark.parametrize("cell", [(2, 2, 2), (1, 2, 2), (2, 1, 3)])
 def test_maps_of_cells_are_the_strided_convolution_and_its_transpose(cell):
     x, w, bias = arrays((2, 4, 6, 6, 3), (*cell, 3, 5), (5,))
@@ -230,8 +256,19 @@ def test_nan_and_infinity_reach_their_windows_only():
     assert (y == 0).all()
 
 
-def test_two_runs_agree_bit_for_bit():
-    x, w = arrays((2, 24, 20, 18, 8), (3, 3, 3, 8, 16))
+def test_minimal_filtering_keeps_nan_and_infinity_within_a_voxel_of_their_windows():
+    x = np.zeros((1, 14, 14, 14, 16), np.float32)
+    x[0, 3, 3, 3, 1], x[0, 9, 9, 9, 0] = np.nan, np.inf
+    y = np.array(conv3d(jnp.asarray(x), jnp.ones((3, 3, 3, 16, 16))))
+    assert np.isnan(y[0, 2:5, 2:5, 2:5]).all()
+    assert not np.isfinite(y[0, 8:11, 8:11, 8:11]).any()
+    y[0, 1:6, 1:6, 1:6] = y[0, 7:12, 7:12, 7:12] = 0
+    assert (y == 0).all()
+
+
+@pytest.mark.parametrize("channels", [8, 16])
+def test_two_runs_agree_bit_for_bit(channels):
+    x, w = arrays((2, 24, 20, 18, channels), (3, 3, 3, channels, 16))
     step = jax.jit(jax.value_and_grad(lambda x, w: jnp.sum(jnp.sin(conv3d(x, w))), (0, 1)))
     first = [np.asarray(a) for a in jax.tree.leaves(step(x, w))]
     for _ in range(5):

@@ -97,6 +97,8 @@ def conv3d(
 
     Returns:
       [N, X', Y', Z', F] of the type of `x`. Sums are in float32 or better; two runs of a program agree bit for bit.
+      A NaN or an infinity reaches every output whose window holds it; where the CPU filters by cells of 2 voxels
+      (float32, three taps an axis, channels in sixteens) it may reach outputs one voxel further, as NaN.
 
     Raises:
       ValueError, TypeError: operands that do not fit together.

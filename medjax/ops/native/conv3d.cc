@@ -193,7 +193,15 @@ ffi::Error Run(Op op, const ffi::AnyBuffer& image, const ffi::AnyBuffer& filter,
   problem.groups = groups;
   const Pointers at = {image.untyped_data(), filter.untyped_data(), output.untyped_data(), bias};
   try {
-    RunOnTeam([&] { IsDepthwise(problem) ? ExecuteDepthwise(problem, at) : Execute(problem, at); });
+    RunOnTeam([&] {
+      if (IsDepthwise(problem)) {
+        ExecuteDepthwise(problem, at);
+      } else if (IsWinograd(problem)) {
+        ExecuteWinograd(problem, at);
+      } else {
+        Execute(problem, at);
+      }
+    });
   } catch (const std::exception& error) {
     return ffi::Error(ffi::ErrorCode::kInternal, std::string("conv3d by oneDNN: ") + error.what());
   }

@@ -35,6 +35,12 @@ inline bool IsDepthwise(const Problem& p) {
 // On the team's thread.
 void ExecuteDepthwise(const Problem& problem, const Pointers& at);
 
+// Whether minimal filtering applies to the problem and pays on this CPU.
+bool IsWinograd(const Problem& problem);
+
+// On the team's thread.
+void ExecuteWinograd(const Problem& problem, const Pointers& at);
+
 }  // namespace medjax
 
 #endif  // MEDJAX_CONV3D_H_
