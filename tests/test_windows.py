@@ -225,3 +225,43 @@ def test_wrong_volumes_and_networks_are_refused():
         run(None, volume(8, 8, 8))
     with pytest.raises(ValueError, match=r"\(1, 8, 8, 8, 2\), not \(1, 8, 8, 8, 1\)"):
         run(None, volume(8, 8, 8, 2))
+
+
+def test_pooled_outputs_are_the_mean_over_windows_and_mirrors() -> None:
+    volume = np.random.default_rng(0).standard_normal((20, 13, 9, 2)).astype(np.float32)
+
+    def apply(variables, x):
+        return jnp.tanh(x[..., :1]), jnp.stack([x[:, 0, 0, 0, 0], x.mean((1, 2, 3, 4)) ** 2], -1)
+
+    run = windows.SlidingWindow(apply, (8, 8, 8), 1, pooled_out=2, batch=4, mirror_axes=(0, 2))
+    dense, pooled = run(None, volume)
+    plain = windows.SlidingWindow(lambda v, x: jnp.tanh(x[..., :1]), (8, 8, 8), 1, mirror_axes=(0, 2))(None, volume)
+    np.testing.assert_allclose(dense, plain, atol=1e-6)
+    corners, means = [], []
+    for x in windows.positions(20, 8, 0.5):
+        for y in windows.positions(13, 8, 0.5):
+            for z in windows.positions(9, 8, 0.5):
+                cut = volume[x : x + 8, y : y + 8, z : z + 8]
+                corners.append(cut[::7, 0, ::7, 0].mean())
+                means.append(cut.mean() ** 2)
+    np.testing.assert_allclose(pooled, [np.mean(corners), np.mean(means)], atol=1e-6)
+
+
+def test_a_network_with_pooled_outputs_only() -> None:
+    volume = np.ones((9, 9, 9, 1), np.float32)
+    run = windows.SlidingWindow(lambda v, x: (x[..., :0], x.sum((1, 2, 3))), (8, 8, 8), 0, pooled_out=1)
+    dense, pooled = run(None, volume)
+    assert dense.shape == (9, 9, 9, 0)
+    np.testing.assert_allclose(pooled, [512.0])
+
+
+def test_odd_channels_change_sign_under_mirrors() -> None:
+    # An offset towards a plane at x = 3.5 of each window: mirrored windows point the other way.
+    def apply(variables, x):
+        offset = 3.5 - jnp.arange(8.0)
+        return jnp.broadcast_to(offset[:, None, None, None], (*x.shape[:4], 1))
+
+    options = {"odd": ((0,), (), ()), "overlap": 0.0}
+    plain = windows.SlidingWindow(apply, (8, 8, 8), 1, **options)(None, np.zeros((8, 8, 8, 1), np.float32))
+    run = windows.SlidingWindow(apply, (8, 8, 8), 1, mirror_axes=(0, 1), **options)
+    np.testing.assert_allclose(run(None, np.zeros((8, 8, 8, 1), np.float32)), plain)

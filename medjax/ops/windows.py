@@ -80,9 +80,12 @@ class SlidingWindow:
     Device memory, beside the network's: canvas voxels x (C x bytes of the input + K x 4) bytes.
 
     Args:
-        apply_fn: `(variables, x [B, *patch, C]) -> logits [B, *patch, K]`, any float type.
+        apply_fn: `(variables, x [B, *patch, C]) -> logits [B, *patch, K]`, any float type; with `pooled_out` a pair of
+            that and of `[B, P]`, which speaks of the window as a whole.
         patch: Window size in voxels.
-        channels_out: K.
+        channels_out: K; may be 0 where `pooled_out` is not.
+        pooled_out: P. The mean over the windows, each counted once, is returned beside the volume.
+        odd: For each axis the channels (of K, then P) that change sign when the volume is mirrored along it: offsets.
         overlap: Least overlap of neighbouring windows, see `positions`.
         batch: Windows a call of the network, B.
         mirror_axes: Test-time mirroring over these axes (0, 1, 2): the network sees a window under all combinations
@@ -108,6 +111,8 @@ class SlidingWindow:
         patch: Sequence[int],
         channels_out: int,
         *,
+        pooled_out: int = 0,
+        odd: Sequence[Sequence[int]] = ((), (), ()),
         overlap: float = 0.5,
         batch: int = 1,
         mirror_axes: Sequence[int] = (),
@@ -128,7 +133,14 @@ class SlidingWindow:
         if combine not in ("logits", "probabilities"):
             raise UserError(f"sliding window: combine {combine!r} is not 'logits' or 'probabilities'")
         self.patch = tuple(int(size) for size in patch)
+        if channels_out < 0 or pooled_out < 0 or not channels_out + pooled_out:
+            raise UserError(f"sliding window: {channels_out} + {pooled_out} channels; the network must have an output")
         self.channels_out = channels_out
+        self.pooled_out = pooled_out
+        signs = np.ones((3, channels_out + pooled_out), np.float32)
+        for axis, channels in enumerate(odd):
+            signs[axis, list(channels)] = -1.0
+        self._signs = signs
         self.overlap = overlap
         self.compiles = 0
         self._apply_fn = apply_fn
@@ -147,7 +159,8 @@ class SlidingWindow:
     def __call__(self, variables: Any, volume: np.ndarray) -> Any:
         """Result for a volume `[X, Y, Z, C]`: float32 `[X, Y, Z, K]` on its grid, or what `finish` makes of that.
 
-        The arrays are NumPy's, read-only, and views into the canvas.
+        With `pooled_out` a pair of that and of float32 `[P]`. The arrays are NumPy's, read-only, and views into the
+        canvas.
         """
         volume = np.asarray(volume)
         if volume.ndim != 4:
@@ -161,8 +174,9 @@ class SlidingWindow:
         inside = tuple(slice((p - s) // 2, (p - s) // 2 + s) for p, s in zip(padded, size, strict=True))
         canvas[inside] = volume
         starts, weights, counts = self._grid(padded)
-        result = self._program(variables, canvas, starts, weights, counts)
-        return jax.tree.map(lambda array: np.asarray(array)[inside], result)
+        result, pooled = self._program(variables, canvas, starts, weights, counts)
+        result = jax.tree.map(lambda array: np.asarray(array)[inside], result)
+        return (result, np.asarray(pooled)) if self.pooled_out else result
 
     def _rounded(self, size: Sequence[int]) -> tuple[int, ...]:
         """Smallest canvas of whole buckets that holds `size` and a window."""
@@ -190,14 +204,15 @@ class SlidingWindow:
     def _run(
         self, variables: Any, canvas: jax.Array, starts: list[jax.Array], weights: list[jax.Array], counts: jax.Array
     ) -> Any:
-        """The compiled program: canvas [X, Y, Z, C] -> float32 [X, Y, Z, K], finished."""
+        """The compiled program: canvas [X, Y, Z, C] -> float32 [X, Y, Z, K], finished, and [P]."""
         self.compiles += 1  # runs when traced only
         count = self.channels_out
         # Z and K share an axis: rows long enough for vector code where K alone is not.
         z_weights = jnp.repeat(weights[2], count, axis=1)
         windows = counts.prod()
 
-        def step(number: jax.Array, result: jax.Array) -> jax.Array:
+        def step(number: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            result, pooled = carry
             index = number * self._batch + jnp.arange(self._batch)
             real = index < windows
             index = jnp.minimum(index, windows - 1)
@@ -209,7 +224,11 @@ class SlidingWindow:
                     for b in range(self._batch)
                 ]
             )
-            outputs = self._predict(variables, batch).reshape(self._batch, *self.patch[:2], -1)
+            dense, whole = self._predict(variables, batch)
+            pooled = pooled + real.astype(jnp.float32) @ whole
+            if not count:
+                return result, pooled
+            outputs = dense.reshape(self._batch, *self.patch[:2], -1)
             for b in range(self._batch):
                 x, y, z = (axis[b] for axis in corner)
                 weight = (weights[0][at[0][b]] * real[b])[:, None, None] * weights[1][at[1][b]][:, None]
@@ -218,21 +237,26 @@ class SlidingWindow:
                 result = lax.dynamic_update_slice(
                     result, lax.dynamic_slice(result, origin, added.shape) + added, origin
                 )
-            return result
+            return result, pooled
 
         empty = jnp.zeros((*canvas.shape[:2], canvas.shape[2] * count), jnp.float32)
-        result = lax.fori_loop(0, (windows + self._batch - 1) // self._batch, step, empty)
+        first = (empty, jnp.zeros((self.pooled_out,), jnp.float32))
+        result, pooled = lax.fori_loop(0, (windows + self._batch - 1) // self._batch, step, first)
         result = result.reshape(*canvas.shape[:3], count)
-        return result if self._finish is None else self._finish(result)
+        return result if self._finish is None else self._finish(result), pooled / windows
 
-    def _predict(self, variables: Any, batch: jax.Array) -> jax.Array:
-        """Network output averaged over mirrors, float32 [B, *patch, K]."""
+    def _predict(self, variables: Any, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Network output averaged over mirrors, float32 [B, *patch, K] and [B, P]."""
 
-        def once(x: jax.Array) -> jax.Array:
-            y = self._apply_fn(variables, x).astype(jnp.float32)
-            if y.shape != (*x.shape[:4], self.channels_out):
-                raise ValueError(f"the network's output is {y.shape}, not {(*x.shape[:4], self.channels_out)}")
-            return self._activation(y) if self._combine == "probabilities" else y
+        def once(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            outputs = self._apply_fn(variables, x)
+            y, whole = outputs if self.pooled_out else (outputs, jnp.zeros((len(x), 0)))
+            wanted = (*x.shape[:4], self.channels_out), (len(x), self.pooled_out)
+            for found, shape in zip((y.shape, whole.shape), wanted, strict=True):
+                if found != shape:
+                    raise ValueError(f"the network's output is {found}, not {shape}")
+            y, whole = y.astype(jnp.float32), whole.astype(jnp.float32)
+            return (self._activation(y) if self._combine == "probabilities" else y), whole
 
         if len(self._flips) == 1:
             return once(batch)
@@ -245,8 +269,13 @@ class SlidingWindow:
             return x
 
         # A loop, not an unrolled sum: the network is compiled once, not 2, 4 or 8 times over.
-        def add(number: jax.Array, total: jax.Array) -> jax.Array:
-            return total + flipped(once(flipped(batch, flips[number])), flips[number])
+        def add(number: jax.Array, total: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            y, whole = once(flipped(batch, flips[number]))
+            if (self._signs < 0).any():
+                sign = jnp.where(flips[number][:, None], self._signs, 1.0).prod(0)
+                y, whole = y * sign[: self.channels_out], whole * sign[self.channels_out :]
+            return total[0] + flipped(y, flips[number]), total[1] + whole
 
-        empty = jnp.zeros((*batch.shape[:4], self.channels_out), jnp.float32)
-        return lax.fori_loop(0, len(self._flips), add, empty) / len(self._flips)
+        empty = jnp.zeros((*batch.shape[:4], self.channels_out)), jnp.zeros((len(batch), self.pooled_out))
+        y, whole = lax.fori_loop(0, len(self._flips), add, empty)
+        return y / len(self._flips), whole / len(self._flips)
