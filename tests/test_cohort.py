@@ -132,6 +132,9 @@ def test_manifest(tmp_path, separator):
     assert isinstance(a.targets["grade"], int)
     assert b.targets == {"grade": 0.5, "kind": 0}
     assert (a.group, a.attributes["site"], "site" in b.attributes) == ("p1", "X", False)
+    # What is a number or a word may divide the cases too, what is a file may not.
+    assert a.attributes["kind"] == "DCM"
+    assert not {"mask", "t1"} & set(a.attributes)
     assert cohort.labels == {"tumour": 1}
 
 
@@ -359,6 +362,13 @@ def test_identical_voxels_across_and_inside_splits(tmp_path, capsys, monkeypatch
     assert str(images[2]) in str(error.value)
     split(Cohort("x", tmp_path, ("T1",), {}, cases, {"train": ("0", "2"), "val": ("1",)}), {})
     assert "count twice" in capsys.readouterr().err
+
+
+def test_one_file_under_two_ids(tmp_path):
+    path = save(tmp_path / "a.nii.gz", 1)
+    cases = tuple(Case(id, id, {"T1": path}) for id in "ab")
+    with pytest.raises(UserError, match="hold identical voxels"):
+        split(Cohort("x", tmp_path, ("T1",), {}, cases, {"train": ("a",), "val": ("b",)}), {})
 
 
 @pytest.mark.real

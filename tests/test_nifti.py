@@ -372,6 +372,8 @@ def test_label_must_share_the_image_grid(tmp_path):
         nifti.read_label(save(tmp_path / "label.nii.gz", voxels(shape=(5, 6, 8)), OBLIQUE), image)
     assert "image.nii.gz" in str(error.value)
     assert "label.nii.gz" in str(error.value)
+    with pytest.raises(UserError, match="were axes swapped"):
+        nifti.read_label(save(tmp_path / "label.nii.gz", voxels(shape=(image.shape[::-1])), OBLIQUE), image)
     flipped = OBLIQUE @ np.diag([-1, 1, 1, 1.0])
     with pytest.raises(UserError, match="another place in space"):
         nifti.read_label(save(tmp_path / "label.nii.gz", voxels(), flipped), image)
@@ -392,6 +394,8 @@ def test_real_labels(data_root):
         real / "oblique_flair_lesion_label.nii.gz", nifti.read(real / "oblique_flair_lesion_image.nii.gz"), (1, 2, 3)
     )
     assert label.data.max() == 3
+    with pytest.raises(UserError, match=r"4d_onehot_label_f8.*3 channels\. Merge them into one map"):
+        nifti.read_label(real / "4d_onehot_label_f8.nii.gz")
     # The mask whose ones read as 0.99999997.
     brain = data_root / "brats_deepmedic" / "brats_2013_pat0003_1" / "brainmask.nii.gz"
     mask = nifti.read_label(brain, values=(1,)).data

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from medjax.data.pipeline import Source, center_batches, train_batches
-from medjax.data.sampler import Sampler, cut
+from medjax.data.cases import Case
+from medjax.data.pipeline import Source, center_batches, make_sampler, train_batches
+from medjax.data.sampler import Sampler, bucket_shapes, cut
+from medjax.errors import UserError
 
 PATCH = (6, 8, 4)
 
@@ -51,7 +56,7 @@ def test_rows_are_the_samplers(source: Source) -> None:
         for i, example in enumerate(range(step * 3, step * 3 + 3)):
             number = sampler.case(example)
             case = source.cases[number]
-            start = sampler.start(example, case.image.shape[:3], PATCH, source.points[number])
+            start = sampler.start(example, case.image.shape[:3], PATCH, source.centres(number))
             assert batch["example"][i] == example
             np.testing.assert_array_equal(batch["image"][i], cut(case.image, start, PATCH))
             assert batch["a/mask"][i] == (number != 3)
@@ -99,3 +104,175 @@ def test_evaluation_sees_each_case_once_and_pads_with_masks(source: Source, proc
     assert sorted(e for e, v, _ in rows if v) == [0, 1, 2, 3, 4]
     assert all(not m for _, v, m in rows if not v)
     assert sorted(e for e, v, m in rows if v and not m) == [3]
+
+
+def test_threads_give_what_tensorflow_gives(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = Sampler(7, 5, 0.5)
+    options: dict[str, Any] = {"patch": PATCH, "batch_size": 2, "workers": 3}
+    train = take(6, train_batches(source, sampler, **options))
+    center = list(center_batches(source, **options))
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    for a, b in zip(train, take(6, train_batches(source, sampler, **options)), strict=True):
+        same(a, b)
+        assert {k: v.dtype for k, v in a.items()} == {k: v.dtype for k, v in b.items()}
+    for a, b in zip(center, list(center_batches(source, **options)), strict=True):
+        same(a, b)
+
+
+def test_an_interrupted_run_goes_on_on_another_number_of_processes(source: Source) -> None:
+    """Steps 0-2 by one process, 3-4 by four, 5-7 by two: the global sequence is that of one process throughout."""
+    sampler = make_sampler(
+        7,
+        source,
+        ATTRIBUTES,
+        foreground=0.6,
+        labels={},
+        sampling={"classes": "balanced", "balance": "site", "weight": ""},
+    )
+    whole = take(8, train_batches(source, sampler, patch=PATCH, batch_size=4))
+    found: list[dict] = []
+    for processes, steps in ((1, 3), (4, 2), (2, 3)):
+        parts = [
+            take(
+                steps,
+                train_batches(
+                    source, sampler, patch=PATCH, batch_size=4, first_step=len(found), process=p, processes=processes,
+                    workers=1 + p,
+                ),
+            )
+            for p in range(processes)
+        ]  # fmt: skip
+        found += [{k: np.concatenate([part[i][k] for part in parts]) for k in whole[0]} for i in range(steps)]
+    for a, b in zip(whole, found, strict=True):
+        same(a, b)
+    assert np.concatenate([b["example"] for b in found]).tolist() == list(range(32))
+
+
+ATTRIBUTES = [Case(str(i), str(i), {}, {}, {"site": "ab"[i > 0], "often": str(i / 2)}) for i in range(5)]
+PRESENT = {"classes": "present", "balance": "", "weight": ""}
+
+
+def sampler_of(source: Source, **sampling: Any) -> Sampler:
+    return make_sampler(
+        0, source, ATTRIBUTES, foreground=0.5, sampling={**PRESENT, **sampling}, labels={"one": 1, "many": 300, "no": 7}
+    )
+
+
+def test_what_the_sampling_keys_mean(source: Source) -> None:
+    assert sampler_of(source) == Sampler(0, 5, 0.5)
+    balanced = sampler_of(source, classes="balanced")
+    assert balanced.holders == {("a", 1): (0, 2), ("a", 2): (1,), ("a", 300): (4,)}
+    assert set(balanced.classes.values()) == {1.0}
+    assert sampler_of(source, classes={"one": 2, "many": 1.0}).classes == {("a", 1): 2.0, ("a", 300): 1.0}
+    assert sampler_of(source, balance="site").weights == (1.0, 0.25, 0.25, 0.25, 0.25)
+    assert sampler_of(source, weight="often").weights == (0.0, 0.5, 1.0, 1.5, 2.0)
+    assert sampler_of(source, weight="often", balance="site").weights == (0.0, 0.1, 0.2, 0.3, 0.4)
+    # A case of no weight is not taken for a class it has either.
+    assert sampler_of(source, weight="often", classes="balanced").holders[("a", 1)] == (2,)
+    wide = make_sampler(0, source, ATTRIBUTES, foreground=0.0, sampling={**PRESENT, "classes": "balanced"}, labels={})
+    assert wide == Sampler(0, 5, 0.0)
+    for wrong, message in {
+        "classes": [("balance", "'present', 'balanced' or a table"), ({"onne": 1}, "did you mean 'one'"),
+                    ({"one": -1}, "needs a number, 0 or more"), ({"no": 1}, "no label with a weight is in")],
+        "balance": [("sight", "case 0 has no such attribute; did you mean 'site'")],
+        "weight": [("site", "case 0 has 'a'; needs a number")],
+    }.items():  # fmt: skip
+        for value, text in message:
+            with pytest.raises(UserError, match=text):
+                sampler_of(source, **{wrong: value})
+
+
+def test_a_balanced_patch_holds_its_class(source: Source) -> None:
+    sampler = make_sampler(
+        3, source, ATTRIBUTES, foreground=1.0, sampling={**PRESENT, "classes": "balanced"}, labels={}
+    )
+    counts = {1: 0, 2: 0, 300: 0}
+    for batch in take(20, train_batches(source, sampler, patch=PATCH, batch_size=3)):
+        for example, target in zip(batch["example"], batch["a/target"], strict=True):
+            _, key = sampler.draw(int(example))
+            assert key is not None
+            assert (target == key[1]).any()
+            counts[key[1]] += 1
+    assert set(counts.values()) == {20}
+
+
+def test_whole_volumes_in_buckets(source: Source) -> None:
+    shapes = [case.image.shape[:3] for case in source.cases]
+    buckets = bucket_shapes(shapes, 2, (2, 2, 2))
+    sampler = make_sampler(
+        3, source, ATTRIBUTES, foreground=0.5, sampling=PRESENT, labels={}, buckets=buckets, batch_size=2
+    )
+    options: dict[str, Any] = {"patch": buckets, "batch_size": 2}
+    seen, batches = set(), take(10, train_batches(source, sampler, **options))
+    for batch in batches:
+        seen.add(batch["image"].shape[1:4])
+        assert batch["a/target"].shape == batch["image"].shape[:4]
+        for example, image in zip(batch["example"], batch["image"], strict=True):
+            case = source.cases[sampler.case(int(example))]
+            room = np.asarray(image.shape[:3]) - case.image.shape[:3]
+            assert (room >= 0).all()
+            np.testing.assert_array_equal(image, cut(case.image, -room // 2, image.shape[:3]))
+    assert seen == set(buckets)
+    halves = [take(10, train_batches(source, sampler, **options, process=p, processes=2)) for p in range(2)]
+    for a, b, whole in zip(*halves, batches, strict=True):
+        same({k: np.concatenate([a[k], b[k]]) for k in a}, whole)
+
+
+def test_every_kind_of_target() -> None:
+    def case(number: int, **values: Any) -> Any:
+        mask = np.zeros((6, 6, 6), np.uint16)
+        rows = values.get("nodules", np.zeros((0, 8)))
+        mask.reshape(-1)[: 2 * len(rows)] = np.repeat(np.arange(len(rows)), 2) + 1
+        return SimpleNamespace(
+            image=np.full((6, 6, 6, 1), number, np.float32),
+            targets={"nodules": mask} if "nodules" in values else {},
+            values={k: np.asarray(v) for k, v in values.items()},
+            geometry=SimpleNamespace(spacing=(1.0, 1.0, 1.0)),
+            present=(True,),
+        )
+
+    rows = np.arange(16, dtype=np.float32).reshape(2, 8)
+    cases = [
+        case(0, grade=np.int32(2), age=np.float32(61.5), ratings=np.float32([1, np.nan]), nodules=rows),
+        case(1, grade=np.int32(1), nodules=rows[:0]),
+        case(2),
+    ]
+    source = Source(cases, ("grade", "age", "ratings", "nodules"))
+    (batch,) = center_batches(source, patch=(4, 4, 4), batch_size=3)
+    assert {k: (v.shape, v.dtype.name) for k, v in batch.items() if "/" in k} == {
+        "grade/target": ((3,), "int32"), "grade/mask": ((3,), "bool"),
+        "age/target": ((3,), "float32"), "age/mask": ((3,), "bool"),
+        "ratings/target": ((3, 2), "float32"), "ratings/mask": ((3,), "bool"),
+        "nodules/target": ((3, 4, 4, 4), "uint16"), "nodules/table": ((3, 2, 8), "float32"),
+        "nodules/mask": ((3,), "bool"),
+    }  # fmt: skip
+    assert batch["grade/target"].tolist() == [2, 1, 0]
+    assert batch["grade/mask"].tolist() == [True, True, False]
+    assert batch["age/target"].tolist() == [61.5, 0, 0]
+    assert batch["age/mask"].tolist() == [True, False, False]
+    np.testing.assert_array_equal(batch["ratings/target"], [[1, np.nan], [0, 0], [0, 0]])
+    assert batch["nodules/mask"].tolist() == [True, True, False]
+    np.testing.assert_array_equal(batch["nodules/table"], [rows, np.full((2, 8), np.nan), np.full((2, 8), np.nan)])
+    # Findings are one class to the sampler, though each is as likely as another.
+    assert {key: len(points) for key, points in source.points[0].items()} == {("nodules", 1): 2}
+    assert source.points[1] == {}
+
+
+def test_memory_stays_flat(source: Source) -> None:
+    """Thousands of batches: what a batch takes is given back."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    for threads in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            if threads:
+                patch.setitem(sys.modules, "tensorflow", None)
+            batches = train_batches(source, Sampler(7, 5, 0.5), patch=(16, 16, 16), batch_size=4, workers=2)
+            pieces = []
+            for _ in range(4):
+                for batch in islice(batches, 500):
+                    assert batch["image"].nbytes == 4 * 16**3 * 2 * 4
+                pieces.append(resident())
+        # 500 batches hold 65 MB.
+        assert pieces[-1] - pieces[0] < 8 << 20, pieces

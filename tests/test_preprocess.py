@@ -186,6 +186,53 @@ def test_any_grid_comes_back_onto_itself(shape, spacing, target):
     )
 
 
+def test_thick_slices_are_resampled_on_their_own():
+    """As nnU-Net does above a ratio of 3: no blending across slices, on the way there and back."""
+    case = volume(noise(16, 18, 6), np.diag([1.0, 1.0, 8.0, 1.0]))
+    labels = blobs((16, 18, 6))
+    thick = plan(spacing=(0.8, 0.8, 4.0), anisotropy=3.0).apply(case, {"seg": volume(labels, case.affine)})
+    assert thick.geometry.coarse == 2
+    assert thick.image.shape[:3] == (20, 22, 12)
+    np.testing.assert_array_equal(thick.image[:, :, 0::2], thick.image[:, :, 1::2])  # each slice twice
+    np.testing.assert_array_equal(thick.targets["seg"][:, :, 0::2], thick.targets["seg"][:, :, 1::2])
+    blended = plan(spacing=(0.8, 0.8, 4.0)).apply(case)
+    assert blended.geometry.coarse is None
+    assert np.abs(blended.image[:, :, 2] - blended.image[:, :, 3]).max() > 1
+    assert Geometry.from_json(thick.geometry.to_json()) == thick.geometry
+    prob = np.random.default_rng(0).dirichlet((1, 1), (20, 22, 12)).astype(np.float32)
+    prob[:, :, 5] = prob[:, :, 4]
+    back = thick.geometry.to_original(prob)
+    np.testing.assert_allclose(back.sum(-1), 1, atol=1e-5)
+    alone = dataclasses.replace(thick.geometry, original_shape=(16, 18, 1), crop_shape=(16, 18, 1), shape=(20, 22, 1))
+    alone = dataclasses.replace(alone, ratios=(*thick.geometry.ratios[:2], 1.0))
+    np.testing.assert_allclose(back[:, :, 2:3], alone.to_original(prob[:, :, 4:5]), atol=1e-5)
+    assert (thick.geometry.label_map_to_original(thick.targets["seg"]) == labels).mean() > 0.97
+
+
+@pytest.mark.parametrize(
+    ("edges", "target", "coarse"),
+    [
+        ((1, 1, 3), (1, 1, 1), None),  # not above the ratio
+        ((1, 1, 3.1), (1, 1, 1), 2),
+        ((5, 1, 1), (1, 1, 1), 0),
+        ((0.24, 1.25, 1.25), (1, 1, 1), None),  # two long edges make no slices
+        ((1, 1, 1), (1, 1, 5), 2),  # else the target's voxels decide
+        ((1, 1, 5), (1, 1, 5), None),  # nothing to resample
+    ],
+)
+def test_which_axis_is_coarse(edges, target, coarse):
+    spec = plan(spacing=tuple(float(s) for s in target), anisotropy=3.0)
+    assert spec.geometry((9, 9, 9), np.diag([*map(float, edges), 1.0])).coarse == coarse
+
+
+def test_linear_interpolation_where_it_is_asked_for():
+    ramp = np.broadcast_to(np.arange(12, dtype=np.float32)[:, None, None], (12, 4, 4)).copy()
+    ramp[6:] += 50
+    cubic, linear = (plan(spacing=(0.5, 1.0, 1.0), order=o).apply(volume(ramp)).image[:, 0, 0, 0] for o in (3, 1))
+    np.testing.assert_allclose(linear, np.interp(np.arange(24) / 2 - 0.25, np.arange(12), ramp[:, 0, 0]), atol=1e-4)
+    assert np.abs(cubic - linear).max() > 1
+
+
 def test_labels_round_trip_through_resampling():
     labels = np.kron(blobs((12, 12, 12)), np.ones((3, 3, 3), np.uint8))
     prepared = plan(spacing=(1.5, 1.5, 1.5)).apply(volume(noise(36, 36, 36)), {"seg": volume(labels)})
@@ -203,6 +250,20 @@ def test_target_dtype():
         labels = np.zeros((4, 4, 4), np.int64)
         labels[0, 0, 0] = top
         assert plan().apply(volume(data), {"seg": volume(labels)}).targets["seg"].dtype == dtype
+
+
+def test_large_label_values_survive_resampling(tmp_path):
+    """Parcellations number structures up to 12175 and skip most numbers; scaling leaves ones a hair off."""
+    ids = np.array([0, 2, 1035, 2035, 12175])
+    labels = np.kron(blobs((8, 8, 8)) + (blobs((8, 8, 8)) > 1) * 2, np.ones((3, 3, 3), int))
+    image = save(tmp_path / "a.nii.gz", noise(24, 24, 24))
+    mask = save(tmp_path / "m.nii.gz", ids[labels].astype(np.float32) * np.float32(0.99999997))
+    case = Case("a", "a", {"T1": image}, {"seg": mask})
+    spec = plan(spacing=(1.5, 1.5, 1.5), labels={str(i): int(i) for i in ids[1:]})
+    out = prepare_case(case, spec).targets["seg"]
+    assert out.dtype == np.uint16
+    assert set(np.unique(out)) <= set(ids.tolist())
+    assert out.max() == 12175
 
 
 def test_labels_outside_the_crop_are_told(capsys, monkeypatch):
@@ -306,6 +367,9 @@ def test_ct_uses_the_training_foreground(tmp_path):
         ({"spacing": "mean"}, "spacing='mean'"),
         ({"crop": "non-zero"}, "crop='non-zero'; did you mean 'nonzero'"),
         ({"nonfinite": "ignore"}, "nonfinite='ignore'"),
+        ({"order": 2}, "order=2: images are resampled with 1"),
+        ({"anisotropy": 0.5}, "anisotropy=0.5"),
+        ({"anisotropy": "3"}, "anisotropy='3'"),
     ],
 )
 def test_bad_specs(spec, words):

@@ -121,6 +121,21 @@ def test_single_label_and_single_voxel():
     assert resample(np.full((1, 1, 1), 7.0), (3, 2, 1), (0.3, 0.5, 1), 3).tolist() == np.full((3, 2, 1), 7.0).tolist()
 
 
+def test_slices_on_their_own_equal_each_slice_resampled():
+    """nnU-Net's rule for thick slices: in the plane as ordered, along the coarse axis the nearest slice."""
+    array = np.random.default_rng(7).normal(size=(20, 18, 5)).astype(np.float32)
+    out = resample(array, (30, 27, 9), (20 / 30, 18 / 27, 5 / 9), (3, 3, 0))
+    nearest = np.round(np.arange(9) * 5 / 9 + (5 / 9 - 1) / 2).astype(int).clip(0, 4)
+    for k, source in enumerate(nearest):
+        plane = scipy_resample(array[..., source : source + 1], (30, 27, 1), (20 / 30, 18 / 27, 1), 3)
+        np.testing.assert_allclose(out[..., k : k + 1], plane.clip(array.min(), array.max()), atol=1e-4)
+    labels = np.random.default_rng(8).integers(0, 3, (10, 11, 4)).astype(np.uint8)
+    out = resample_labels(labels, (15, 7, 8), (10 / 15, 11 / 7, 0.5), (1, 1, 0))
+    for k in range(8):
+        plane = resample_labels(labels[..., k // 2 : k // 2 + 1], (15, 7, 1), (10 / 15, 11 / 7, 1))
+        np.testing.assert_array_equal(out[..., k : k + 1], plane)
+
+
 def test_bounding_box():
     mask = np.zeros((5, 6, 7), bool)
     assert bounding_box(mask) is None
@@ -128,7 +143,9 @@ def test_bounding_box():
     assert bounding_box(mask) == (slice(1, 4), slice(2, 3), slice(3, 7))
 
 
-@pytest.mark.parametrize("bad", [{"order": 2}, {"shape": (0, 3, 3)}, {"ratios": (1, -1, 1)}])
+@pytest.mark.parametrize(
+    "bad", [{"order": 2}, {"order": (1, 1)}, {"order": (1, 1, 2)}, {"shape": (0, 3, 3)}, {"ratios": (1, -1, 1)}]
+)
 def test_bad_arguments(bad):
     arguments = {"array": np.zeros((3, 3, 3)), "shape": (2, 3, 3), "ratios": (1.5, 2, 1), "order": 1} | bad
     with pytest.raises(ValueError):

@@ -4,63 +4,117 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from medjax.data import cohort as cohorts
-from medjax.data import preprocess
+from medjax.data import joins, preprocess, readers, synthetic
 from medjax.errors import UserError
 from medjax.ops.native.cpus import usable_cpus
 
 
-def open_cohort(config: Mapping[str, Any], task: str) -> cohorts.Cohort:
-    """The cohort of `config.data`: a generator's name, a folder with dataset.json, or a manifest (.csv, .json).
+def open_cohort(
+    config: Mapping[str, Any], tasks: str | Mapping[str, Any], intake: cohorts.Intake | None = None
+) -> cohorts.Cohort:
+    """The cohort of `config.data`: a generator's name, a folder of a known layout, or a manifest.
 
     Args:
-      task: name under which the masks of a folder become targets.
+      tasks: those of the run, name -> its section (or its type), or the one name of a segmentation. Segmentation tasks
+        that `data.targets` does not name get the mask that a Decathlon or nnU-Net folder has for each case.
+      intake: what to do about cases that cannot be used; by default the first raises, and `data.exclude` is left out.
     """
     name = config["cohort"]
     if not name:
-        raise UserError(
-            "config: data.cohort is empty; give a folder with dataset.json, a manifest or 'synthetic_brain'"
-        )
-    if name == "synthetic_brain":
-        from medjax.data.synthetic import brain_cohort
-
-        return cohorts.from_msd(brain_cohort(**config["options"]), task)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return cohorts.from_msd(path, task, group=config["group"] or None)
-    if path.suffix.lower() in (".csv", ".json"):
-        images = dict(config["images"])
+        known = ", ".join(synthetic.GENERATORS)
+        raise UserError(f"config: data.cohort is empty; give a folder, a manifest (.csv, .json) or one of {known}")
+    intake = intake or cohorts.Intake(config["exclude"])
+    types = (
+        dict.fromkeys([tasks] if tasks else [], "segmentation")
+        if isinstance(tasks, str)
+        else {t: _type(c) for t, c in tasks.items()}
+    )
+    targets = {task: spec if isinstance(spec, str) else tuple(spec) for task, spec in config["targets"].items()}
+    masks = [task for task, kind in types.items() if kind == "segmentation" and task not in targets]
+    masks += [task for task, spec in targets.items() if spec == readers.MASK]
+    path = synthetic.generate(name, config["options"]) if name in synthetic.GENERATORS else Path(name).expanduser()
+    layout = config["layout"] or readers.recognise(path, config["images"])
+    path = path.parent if path.name == "dataset.json" and layout in ("msd", "nnunet") else path
+    group, missing = config["group"] or None, config["preprocess"]["missing"] == "zero"
+    labels, classes, findings = dict(config["labels"]), dict(config["classes"]), dict(config["findings"])
+    images = _images(config)
+    if layout in ("msd", "nnunet"):
+        for key in ("images", "labels"):
+            if config[key]:
+                raise UserError(f"config: data.{key}: a folder with dataset.json names its own {key}; leave it empty")
+        others = {task: spec for task, spec in targets.items() if spec != readers.MASK}
+        table = joins.Table(config["table"], config["id"], others, classes, findings)
+        if layout == "msd":
+            cohort = cohorts.from_msd(path, masks, group, table, intake)
+        else:
+            cohort = cohorts.from_nnunet(path, masks, group, config["split"]["fold"], table, intake)
+    elif layout == "manifest":
         if not images:
             raise UserError("config: a manifest needs data.images, e.g. {'T1': 't1_file', 'T2': 't2_file'}")
-        order = tuple(config["modalities"]) or tuple(images)
-        if sorted(order) != sorted(images):
-            raise UserError(
-                f"config: data.modalities={order} must name each modality of data.images once: {list(images)}"
-            )
-        return cohorts.from_manifest(
+        if config["table"]:
+            raise UserError("config: data.table: a manifest is its own table; put the columns into it")
+        cohort = cohorts.from_manifest(
             path,
-            {modality: images[modality] for modality in order},
-            dict(config["targets"]),
-            dict(config["labels"]),
+            images,
+            targets,
+            labels,
             id=config["id"],
-            group=config["group"] or None,
+            group=group,
             split=config["split"]["column"] or None,
-            allow_missing=config["preprocess"]["missing"] == "zero",
+            classes=classes,
+            allow_missing=missing,
+            findings=findings,
+            intake=intake,
         )
-    raise UserError(f"{path}: data.cohort is neither a folder nor a .csv or .json manifest; check the path")
+    elif layout == "bids":
+        table = joins.Table(config["table"], config["id"], {}, classes, findings)
+        cohort = cohorts.from_bids(path, images, targets, labels, group, table, missing, intake)
+    elif layout == "folder":
+        template = config["id"] if "{" in config["id"] else ""
+        table = joins.Table(config["table"], "id" if template else config["id"], {}, classes, findings)
+        cohort = cohorts.from_folder(path, images, targets, labels, template, group, table, missing, intake)
+    else:
+        raise UserError(
+            f"config: data.layout={layout!r} is not known; use {', '.join(readers.LAYOUTS)}, or leave it empty"
+        )
+    order = tuple(config["modalities"]) or cohort.modalities
+    if sorted(order) != sorted(cohort.modalities):
+        raise UserError(f"config: data.modalities={order} must name each modality once: {', '.join(cohort.modalities)}")
+    return replace(cohort, modalities=order)
 
 
-def open_splits(cohort: cohorts.Cohort, config: Mapping[str, Any], seed: int) -> cohorts.Splits:
-    """The splits of `config.data.split`: a file, a column, folds by patient, or else the cohort's own."""
+def _type(task: Any) -> str:
+    return task if isinstance(task, str) else str(task["type"])
+
+
+def _images(config: Mapping[str, Any]) -> dict[str, str]:
+    """`data.images` in the order of `data.modalities`."""
+    images = dict(config["images"])
+    order = tuple(config["modalities"]) or tuple(images)
+    if images and sorted(order) != sorted(images):
+        raise UserError(f"config: data.modalities={order} must name each modality of data.images once: {list(images)}")
+    return {modality: images[modality] for modality in order if modality in images}
+
+
+def open_splits(
+    cohort: cohorts.Cohort, config: Mapping[str, Any], seed: int, check_content: bool = True
+) -> cohorts.Splits:
+    """The splits of `config.data.split`: a file, a column, folds by patient, or else the cohort's own.
+
+    Args:
+      check_content: compare the voxels of images across splits, which reads them all.
+    """
     wanted = config["split"]
     spec: dict[str, Any] = {k: wanted[k] for k in ("file", "column") if wanted[k]}
     if wanted["folds"]:
         spec |= {"folds": wanted["folds"], "fold": wanted["fold"]}
-        spec |= {"test": wanted["test"]} if wanted["test"] else {}
-    return cohorts.split(cohort, spec, seed)
+        spec |= {key: wanted[key] for key in ("test", "stratify") if wanted[key]}
+    return cohorts.split(cohort, spec, seed, check_content)
 
 
 def prepare(
@@ -74,7 +128,7 @@ def prepare(
     Args:
       workers: 0: one a usable CPU. progress: told how many are done.
     """
-    prepared = _each(lambda case: preprocess.prepare_case(case, plan), cases, workers, progress)
+    prepared = each(lambda case: preprocess.prepare_case(case, plan), cases, workers, progress)
     preprocess.compare_intensities({c.id: p.scale for c, p in zip(cases, prepared, strict=True)}, plan.modalities)
     return prepared
 
@@ -90,15 +144,16 @@ def check(
     def read(case: cohorts.Case) -> None:
         preprocess.prepare_case(case, plan)
 
-    _each(read, cases, workers, progress)
+    each(read, cases, workers, progress)
 
 
-def _each(
+def each(
     function: Callable[[cohorts.Case], Any],
     cases: Sequence[cohorts.Case],
     workers: int,
     progress: Callable[[int], None] | None,
 ) -> list[Any]:
+    """`function` of each case, in order, on `workers` threads (0: one a usable CPU); an error ends it all."""
     done = []
     with ThreadPoolExecutor(workers or usable_cpus()) as pool:
         jobs = [pool.submit(function, case) for case in cases]

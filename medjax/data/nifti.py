@@ -30,6 +30,12 @@ from nibabel.spatialimages import HeaderDataError
 from medjax.data.volume import Volume, check_same_grid, corner_distance, count_nonfinite, shear
 from medjax.errors import UserError, warn_once
 
+try:  # the same stream and the same checks at twice the speed, where it is installed
+    from isal import isal_zlib as inflate
+except ImportError:
+    inflate = zlib
+_INFLATE_ERRORS = (zlib.error, inflate.error)
+
 LABEL_TOLERANCE = 1e-3
 """A label value this close to an integer is that integer; scaling factors leave values such as 0.99999997."""
 
@@ -247,7 +253,7 @@ class _GzipStream:
 
     def __init__(self, file: IO[bytes], size: int, path: Path) -> None:
         self._file, self._size, self._path = file, size, path
-        self._inflate, self._input, self._left, self._done = zlib.decompressobj(wbits=31), b"", b"", False
+        self._inflate, self._input, self._left, self._done = inflate.decompressobj(wbits=31), b"", b"", False
         self.notes = list[str]()
 
     def readinto(self, view: memoryview) -> int:
@@ -287,7 +293,7 @@ class _GzipStream:
             try:
                 if piece := self._inflate.decompress(data):
                     return piece
-            except zlib.error as error:
+            except _INFLATE_ERRORS as error:
                 raise UserError(
                     f"{self._path}: the gzip stream is corrupt ({error}); voxels would be wrong. "
                     "Copy or download the file again."
@@ -302,7 +308,7 @@ class _GzipStream:
         if len(stripped) == 1:
             stripped += self._file.read(_CHUNK)
         if stripped.startswith(b"\x1f\x8b"):
-            self._inflate, self._input = zlib.decompressobj(wbits=31), stripped
+            self._inflate, self._input = inflate.decompressobj(wbits=31), stripped
             return
         self._done = True
         if stripped:

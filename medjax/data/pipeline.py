@@ -1,4 +1,5 @@
-"""tf.data from prepared cases to batches. The one file that imports TensorFlow, and only when a pipeline is made.
+"""From prepared cases to batches, through tf.data. TensorFlow is imported when a pipeline is made, and only if it is
+installed: without it threads give the same batches.
 
 Rows are `sampler.Sampler` examples: the pipeline can start at any step and gives the same batches from there on.
 """
@@ -6,75 +7,215 @@ Rows are `sampler.Sampler` examples: the pipeline can start at any step and give
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from medjax.data.sampler import Sampler, cut, foreground_points
+from medjax.data.cases import Case, nearest
+from medjax.data.sampler import Key, Sampler, bucket_of, cut, foreground_points
+from medjax.errors import UserError, warn_once
+
+Row = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Prepared cases of one split, in memory.
+    """Prepared cases of one split, in memory or in the store.
 
     Attributes:
-      cases: `medjax.data.preprocess.Prepared`, in the split's order.
-      tasks: names of the tasks whose masks a batch carries; a case may lack some.
+      cases: `medjax.data.preprocess.Prepared` or `medjax.data.store.StoredCase`, in the split's order.
+      tasks: names of the tasks whose targets a batch carries; a case may lack some.
+      ignore: value in the masks that no patch is centred on, if there is one.
+      points: of each case, the voxels int [n, 3] a patch may be centred on, by class. Findings are of one class, 1.
+      dtypes: type of each mask task's target in a batch.
+      values: task -> shape and type of what is no mask in a row; findings have as many rows as the case with most.
     """
 
     cases: Sequence[Any]
     tasks: Sequence[str]
-    points: Sequence[list[np.ndarray]] = field(init=False)
+    ignore: int | None = None
+    points: Sequence[Mapping[Key, Sequence[Any]]] = field(init=False)
     dtypes: Mapping[str, np.dtype] = field(init=False)
+    values: Mapping[str, tuple[tuple[int, ...], np.dtype]] = field(init=False)
 
     def __post_init__(self) -> None:
-        # Each case keeps its mask in the smallest type that holds it; a batch has one type for all.
-        kinds = {t: [c.targets[t].dtype for c in self.cases if t in c.targets] or [np.uint8] for t in self.tasks}
-        object.__setattr__(self, "dtypes", {t: np.result_type(*found) for t, found in kinds.items()})
-        found = []
-        for number, case in enumerate(self.cases):
-            found.append(
-                [p for t in self.tasks if t in case.targets for p in foreground_points(case.targets[t], seed=number)]
-            )
-        object.__setattr__(self, "points", found)
+        values: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+        dtypes: dict[str, np.dtype] = {}
+        for task in self.tasks:
+            if found := [_values(c)[task] for c in self.cases if task in _values(c)]:
+                shape = tuple(max(sizes) for sizes in zip(*(v.shape for v in found), strict=True))
+                values[task] = shape, np.result_type(*found)
+            # Each case keeps its mask in the smallest type that holds it; a batch has one type for all.
+            if kinds := [c.targets[task].dtype for c in self.cases if task in c.targets]:
+                dtypes[task] = np.result_type(*kinds)
+            elif not found:
+                dtypes[task] = np.dtype(np.uint8)
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "dtypes", dtypes)
+        object.__setattr__(self, "points", [self._points(case) for case in self.cases])
 
-    def row(self, number: int, start: Any, patch: Sequence[int], example: int, valid: bool) -> dict[str, Any]:
+    def _points(self, case: Any) -> dict[Key, list[Any]]:
+        out: dict[Key, list[Any]] = {}
+        for task in self.tasks:
+            if task not in case.targets:
+                continue
+            stored = getattr(case, "points", None)
+            found = stored[task] if stored else foreground_points(case.targets[task], ignore=self.ignore)
+            for value, voxels in found.items():
+                out.setdefault((task, 1 if task in self.values else value), []).append(voxels)
+        return out
+
+    def centres(self, number: int, key: Key | None = None) -> list[Any]:
+        """The voxels that patches of a case may be centred on, those of class `key` or of each class."""
+        known = self.points[number]
+        return list(known[key]) if key else [voxels for arrays in known.values() for voxels in arrays]
+
+    def row(self, number: int, start: Any, patch: Sequence[int], example: int, valid: bool) -> Row:
         """One example of a batch; see `docs/design.md` for the keys."""
         case = self.cases[number]
-        row = {
+        row: Row = {
             "image": cut(case.image, start, patch),
             "modality": np.asarray(case.present, bool),
             "spacing": np.asarray(case.geometry.spacing, np.float32),
-            "example": np.int64(example),
-            "valid": np.bool_(valid),
+            "example": np.asarray(example, np.int64),
+            "valid": np.asarray(valid, np.bool_),
         }
         for task in self.tasks:
-            known = task in case.targets
-            row[f"{task}/mask"] = np.bool_(known and valid)
-            target = cut(case.targets[task], start, patch) if known else np.zeros(patch)
-            row[f"{task}/target"] = target.astype(self.dtypes[task])
+            known = task in case.targets or task in _values(case)
+            row[f"{task}/mask"] = np.asarray(known and valid, np.bool_)
+            if task in self.dtypes:
+                target = cut(case.targets[task], start, patch) if known else np.zeros(patch, np.uint8)
+                row[f"{task}/target"] = target.astype(self.dtypes[task], copy=False)
+            if task in self.values:
+                shape, dtype = self.values[task]
+                table = len(shape) == 2
+                value = np.full(shape, np.nan if table else 0, dtype)
+                if known:
+                    given = _values(case)[task]
+                    value[tuple(slice(n) for n in given.shape)] = given
+                row[f"{task}/table" if table else f"{task}/target"] = value
         return row
+
+
+def _values(case: Any) -> Mapping[str, np.ndarray]:
+    return getattr(case, "values", {})
+
+
+def make_sampler(
+    seed: int,
+    source: Source,
+    cases: Sequence[Case],
+    *,
+    foreground: float,
+    sampling: Mapping[str, Any],
+    labels: Mapping[str, int],
+    buckets: Sequence[Sequence[int]] = (),
+    batch_size: int = 1,
+) -> Sampler:
+    """The sampler that `config.data` asks for.
+
+    Args:
+      source: of the training split. cases: the same cases in the cohort, for their attributes.
+      foreground: `data.foreground`. labels: of the cohort, for the names of classes.
+      sampling: `data.sampling`; see `docs/store.md`:
+        classes: 'present', 'balanced' or {label: weight}.
+        balance: an attribute whose values are taken equally often; '': off.
+        weight: an attribute that says how often a case is taken; '': equally.
+      buckets: shapes of whole volumes (`bucket_shapes`); none: patches.
+    """
+    weights = _case_weights(cases, sampling["balance"], sampling["weight"])
+    chosen: dict[Key, float] = {}
+    members: tuple[tuple[int, ...], ...] = ()
+    if buckets:
+        of = [bucket_of(case.image.shape[:3], buckets) for case in source.cases]
+        members = tuple(tuple(i for i, b in enumerate(of) if b == number) for number in range(len(buckets)))
+    elif sampling["classes"] != "present" and foreground > 0:
+        chosen = _class_weights(source, sampling["classes"], labels)
+    holders = {
+        key: tuple(i for i, known in enumerate(source.points) if key in known and (not weights or weights[i] > 0))
+        for key in chosen
+    }
+    chosen = {key: weight for key, weight in chosen.items() if holders[key]}
+    return Sampler(seed, len(source.cases), foreground, weights, chosen, holders, members, batch_size)
+
+
+def _class_weights(source: Source, wanted: Any, labels: Mapping[str, int]) -> dict[Key, float]:
+    present = sorted({key for known in source.points for key in known})
+    if wanted == "balanced":
+        return dict.fromkeys(present, 1.0)
+    if isinstance(wanted, str):
+        raise UserError(f"config: data.sampling.classes={wanted!r}: 'present', 'balanced' or a table {{label: weight}}")
+    for name, weight in wanted.items():
+        if name not in labels:
+            raise UserError(
+                f"config: data.sampling.classes: no label {name!r}{nearest(name, labels)} (known: {', '.join(labels)})"
+            )
+        if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+            raise UserError(f"config: data.sampling.classes.{name}={weight!r}: needs a number, 0 or more")
+        if weight and not any(key[1] == labels[name] for key in present):
+            warn_once(f"data.sampling.classes: no training case has {name!r}, so its weight has no effect")
+    weight_of = {labels[name]: float(weight) for name, weight in wanted.items()}
+    found = {key: weight_of[key[1]] for key in present if weight_of.get(key[1])}
+    if not found:
+        raise UserError("config: data.sampling.classes: no label with a weight is in the training cases")
+    return found
+
+
+def _case_weights(cases: Sequence[Case], balance: str, weight: str) -> tuple[float, ...]:
+    if not balance and not weight:
+        return ()
+    for key, column in (("balance", balance), ("weight", weight)):
+        if column and (lacking := [case for case in cases if column not in case.attributes]):
+            known = {name for case in cases for name in case.attributes}
+            raise UserError(
+                f"config: data.sampling.{key}={column!r}: case {lacking[0].id} has no such attribute"
+                f"{nearest(column, known)} (known: {', '.join(sorted(known)) or 'none'})"
+            )
+    out = np.ones(len(cases))
+    if weight:
+        for i, case in enumerate(cases):
+            try:
+                out[i] = float(case.attributes[weight])
+            except ValueError:
+                out[i] = np.nan
+            if not 0 <= out[i] < np.inf:
+                raise UserError(
+                    f"config: data.sampling.weight={weight!r}: case {case.id} has {case.attributes[weight]!r}; needs a "
+                    "number, 0 or more"
+                )
+    if balance:
+        groups = np.asarray([case.attributes[balance] for case in cases])
+        for group in np.unique(groups):
+            total = out[groups == group].sum()
+            out[groups == group] /= total or 1.0
+    if not out.sum() > 0:
+        raise UserError(f"config: data.sampling.weight={weight!r}: every case has the weight 0")
+    return tuple(out.tolist())
 
 
 def train_batches(
     source: Source,
     sampler: Sampler,
     *,
-    patch: Sequence[int],
+    patch: Sequence[int] | Sequence[Sequence[int]],
     batch_size: int,
     first_step: int = 0,
     process: int = 0,
     processes: int = 1,
     workers: int = 2,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Iterator[Row]:
     """Endless batches from `first_step` on: rows [step · batch_size, (step + 1) · batch_size) of the global order.
 
     Args:
+      patch: shape of every row; with `sampler.buckets`, the shape of each bucket.
       batch_size: over all processes; this one gets its `batch_size / processes` consecutive rows.
     """
     local = batch_size // processes
+    shapes: list[Any] = list(patch) if sampler.buckets else [patch]
 
     def numbers() -> Iterator[int]:
         step = first_step
@@ -83,17 +224,18 @@ def train_batches(
             yield from range(first, first + local)
             step += 1
 
-    def row(example: int) -> dict[str, np.ndarray]:
-        number = sampler.case(example)
-        start = sampler.start(example, source.cases[number].image.shape[:3], patch, source.points[number])
-        return source.row(number, start, patch, example, True)
+    def row(example: int) -> Row:
+        number, key = sampler.draw(example)
+        size = shapes[sampler.bucket(example)] if sampler.buckets else shapes[0]
+        start = sampler.start(example, source.cases[number].image.shape[:3], size, source.centres(number, key))
+        return source.row(number, start, size, example, True)
 
-    return _run(source, numbers, row, patch, local, workers, forever=True)
+    return _run(source, numbers, row, shapes, local, workers)
 
 
 def center_batches(
     source: Source, *, patch: Sequence[int], batch_size: int, process: int = 0, processes: int = 1, workers: int = 2
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Iterator[Row]:
     """One fixed patch a case, centred on the middle of its labelled voxels; the last batch is padded (`valid` False).
 
     Every process sees the same number of batches, so a collective step never waits for one that has finished.
@@ -105,43 +247,57 @@ def center_batches(
     def numbers() -> Iterator[int]:
         yield from range(process * rows, (process + 1) * rows)
 
-    def row(place: int) -> dict[str, np.ndarray]:
+    def row(place: int) -> Row:
         # Cases are dealt in turn: process p holds p, p + n, p + 2n...
         number = process + (place - process * rows) * processes
         valid = number < len(source.cases)
         number = number if valid else 0
-        shape, points = source.cases[number].image.shape[:3], source.points[number]
-        middle = np.concatenate(points).mean(0) if points else np.asarray(shape) / 2
+        shape, points = source.cases[number].image.shape[:3], source.centres(number)
+        middle = np.concatenate([np.asarray(p) for p in points]).mean(0) if points else np.asarray(shape) / 2
         room = np.asarray(shape) - np.asarray(patch)
         start = np.round(middle).astype(int) - np.asarray(patch) // 2
         return source.row(
             number, np.clip(start, np.minimum(0, room // 2), np.maximum(room, room // 2)), patch, number, valid
         )
 
-    return _run(source, numbers, row, patch, local, workers, forever=False)
+    return _run(source, numbers, row, [patch], local, workers)
 
 
 def _run(
-    source: Source, numbers: Any, row: Any, patch: Sequence[int], local: int, workers: int, *, forever: bool
-) -> Iterator[dict[str, np.ndarray]]:
+    source: Source,
+    numbers: Callable[[], Iterable[int]],
+    row: Callable[[int], Row],
+    shapes: Sequence[Sequence[int]],
+    local: int,
+    workers: int,
+) -> Iterator[Row]:
+    """Rows of `numbers`, made by `workers` threads, as batches of `local`, in order."""
     # Before the import: no chatter at the terminal, and no kernels that differ in rounding from run to run.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    import tensorflow as tf
+    try:
+        import tensorflow as tf
+    except ImportError:
+        return _threads(numbers, row, local, max(1, workers))
 
     tf.config.set_visible_devices([], "GPU")  # the accelerator belongs to JAX
-    example = source.row(0, np.zeros(3, int), patch, 0, False)
-    keys = list(example)
-    types = [tf.as_dtype(np.asarray(example[k]).dtype) for k in keys]
+    # What a row looks like; an axis that differs between buckets has no fixed length.
+    examples = [source.row(0, np.zeros(3, int), shape, 0, False) for shape in shapes]
+    keys = list(examples[0])
+    types = [tf.as_dtype(examples[0][key].dtype) for key in keys]
+    sizes = {
+        key: [n.pop() if len(n) == 1 else None for n in map(set, zip(*(e[key].shape for e in examples), strict=True))]
+        for key in keys
+    }
 
     def as_list(number: Any) -> list[np.ndarray]:
         made = row(int(number))
-        return [np.asarray(made[k]) for k in keys]
+        return [made[key] for key in keys]
 
     def make(number: Any) -> dict[str, Any]:
         values = tf.numpy_function(as_list, [number], types)
         for value, key in zip(values, keys, strict=True):
-            value.set_shape(np.shape(example[key]))
+            value.set_shape(sizes[key])
         return dict(zip(keys, values, strict=True))
 
     data = tf.data.Dataset.from_generator(numbers, output_signature=tf.TensorSpec((), tf.int64))
@@ -154,3 +310,23 @@ def _run(
     options.deterministic = True
     options.autotune.enabled = False
     return data.with_options(options).as_numpy_iterator()
+
+
+def _threads(
+    numbers: Callable[[], Iterable[int]], row: Callable[[int], Row], local: int, workers: int
+) -> Iterator[Row]:
+    """The batches of `_run` where TensorFlow is not installed."""
+    waiting: deque[Any] = deque()
+    todo = iter(numbers())
+    with ThreadPoolExecutor(workers, thread_name_prefix="medjax-rows") as pool:
+        try:
+            while True:
+                while len(waiting) < local + workers and (number := next(todo, None)) is not None:
+                    waiting.append(pool.submit(row, number))
+                if len(waiting) < local:
+                    return
+                rows = [waiting.popleft().result() for _ in range(local)]
+                yield {key: np.stack([made[key] for made in rows]) for key in rows[0]}
+        finally:
+            for job in waiting:
+                job.cancel()

@@ -1,9 +1,9 @@
 """From a case's files to the array a model sees, and back onto the file's own grid.
 
-The way there: orient (whole-axis permutation and flips, exact) -> crop -> resample -> normalise, as nnU-Net does
-(F. Isensee et al., Nature Methods 18, 2021). What is learnt from the training cases (median spacing, CT foreground
-statistics) is in a `Plan`, which is JSON and travels with the model; what is particular to one case is in its
-`Geometry`, which is JSON too and knows the way back.
+The way there: orient (whole-axis permutation and flips, exact) -> enhance (where asked) -> crop -> resample ->
+normalise, as nnU-Net does (F. Isensee et al., Nature Methods 18, 2021). What is learnt from the training cases (median
+spacing, CT foreground statistics, standard intensity scale) is in a `Plan`, which is JSON and travels with the model;
+what is particular to one case is in its `Geometry`, which is JSON too and knows the way back.
 """
 
 from __future__ import annotations
@@ -19,17 +19,21 @@ from typing import Any
 
 import numpy as np
 
-from medjax.data import nifti
+from medjax.data import enhance, nifti, targets
 from medjax.data.cohort import Case, Cohort, check_keys, load_images, nearest
 from medjax.data.volume import Volume, axes_towards, check_same_grid, finite, spacing_of
 from medjax.errors import UserError, warn_once
+from medjax.ops.native.cpus import usable_cpus
 from medjax.ops.resample import bounding_box, resample, resample_labels
 
 NORMALIZATIONS = ("zscore", "zscore_nonzero", "ct", "percentile", "none")
 DEFAULT_SPEC: dict[str, Any] = {
     "orientation": "RAS",
     "spacing": None,
+    "order": 3,
+    "anisotropy": 0.0,
     "crop": None,
+    "enhance": (),
     "normalize": "zscore",
     "nonfinite": "error",
     "missing": "error",
@@ -57,6 +61,7 @@ class Geometry:
       crop_start, crop_shape: the box kept of the oriented grid, in voxels.
       shape: of the prepared grid.
       ratios: prepared spacing over oriented spacing along each axis; the two grids share the centre of the crop box.
+      coarse: the axis along which voxels are picked, not interpolated (`Plan.anisotropy`); None where there is none.
     """
 
     original_shape: tuple[int, int, int]
@@ -67,6 +72,7 @@ class Geometry:
     crop_shape: tuple[int, int, int]
     shape: tuple[int, int, int]
     ratios: tuple[float, float, float]
+    coarse: int | None = None
 
     @property
     def affine(self) -> np.ndarray:
@@ -91,6 +97,11 @@ class Geometry:
     def same_grid(self) -> bool:
         """Whether the prepared voxels are the file's own (no resampling)."""
         return self.shape == self.crop_shape and self.ratios == (1.0, 1.0, 1.0)
+
+    def orders(self, order: int) -> tuple[int, int, int]:
+        """Interpolation order along each axis: `order`, but 0 along the coarse one."""
+        a, b, c = (0 if axis == self.coarse else order for axis in range(3))
+        return a, b, c
 
     def orient(self, array: np.ndarray) -> np.ndarray:
         """An array [x, y, z, ...] on the file's grid in oriented axis order, as a view."""
@@ -159,7 +170,7 @@ class Geometry:
         labels = self._on_prepared(labels, 3)
         inverse = tuple(1 / r for r in self.ratios)
         if not self.same_grid:
-            labels = resample_labels(labels, self.crop_shape, inverse)
+            labels = resample_labels(labels, self.crop_shape, inverse, self.orders(1))
         return self._placed(labels, background)
 
     def to_json(self) -> str:
@@ -169,9 +180,11 @@ class Geometry:
     @classmethod
     def from_json(cls, text: str | Mapping[str, Any]) -> Geometry:
         """The geometry `to_json` wrote (text or the parsed object)."""
-        table = dict(json.loads(text) if isinstance(text, str) else text)
+        table: dict[str, Any] = dict(json.loads(text) if isinstance(text, str) else text)
         table["original_affine"] = tuple(tuple(float(v) for v in row) for row in table["original_affine"])
-        return cls(**{key: tuple(value) for key, value in table.items()})
+        for key, value in table.items():
+            table[key] = tuple(value) if isinstance(value, list) else value
+        return cls(**table)
 
     def _on_prepared(self, array: np.ndarray, ndim: int) -> np.ndarray:
         array = np.asarray(array)
@@ -182,7 +195,7 @@ class Geometry:
     def _uncropped(self, channel: np.ndarray) -> np.ndarray:
         """One channel of the prepared grid on the crop box, float32."""
         channel = np.asarray(channel, np.float32)
-        return resample(channel, self.crop_shape, tuple(1 / r for r in self.ratios), order=1)
+        return resample(channel, self.crop_shape, tuple(1 / r for r in self.ratios), self.orders(1))
 
     def _placed(self, labels: np.ndarray, background: int) -> np.ndarray:
         out = np.full(self.original_shape, background, labels.dtype)
@@ -203,10 +216,14 @@ class Prepared:
 
     Attributes:
       image: [X, Y, Z, C] float32, C-contiguous.
-      targets: task -> [X, Y, Z] label map, the smallest of uint8, uint16, int32 that holds it.
+      targets: task -> [X, Y, Z] label map, the smallest of uint8, uint16, int32 that holds it. For findings, uint16: i
+        marks the i-th of them (from 1), see `medjax.data.targets.instances`.
       geometry: the way back.
       present: which channels are real; the others are 0 everywhere.
       scale: per channel, the 99th percentile of |raw intensity| (0 where absent), for `compare_intensities`.
+      values: task -> what is no mask: a class (int32 []), a number (float32 []), a vector (float32 [K], NaN unknown),
+        or findings (float32 [M, 7 + A]): centre x, y, z in voxels of the prepared grid, size x, y, z in mm along the
+        world's axes, label, then the attributes in the order of `Plan.columns`, NaN where absent.
     """
 
     image: np.ndarray
@@ -214,6 +231,7 @@ class Prepared:
     geometry: Geometry
     present: tuple[bool, ...]
     scale: tuple[float, ...]
+    values: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -225,11 +243,18 @@ class Plan:
       labels: structure name -> value in the masks.
       orientation: axis codes, such as 'RAS'.
       spacing: mm, along the oriented axes; None keeps each file's own.
+      order: interpolation of images, 1 linear or 3 cubic B-spline; labels are always interpolated linearly.
+      anisotropy: above this ratio of a voxel's longest to its shortest edge, slices are resampled each on its own and
+        picked along the coarse axis, as nnU-Net does above 3; 0: never.
       crop: 'nonzero' or None.
+      enhance: steps before cropping, with all their options and what they learnt (`medjax.data.enhance.check`).
       normalize: modality -> one of `NORMALIZATIONS`.
       foreground: modality -> lower, upper (percentiles 0.5 and 99.5), mean, std inside the training masks, for 'ct'.
       median_spacing, median_shape: of the oriented training cases before cropping; the shape at `spacing`.
       nonfinite, missing: 'error' or 'zero'.
+      kinds: task -> what its targets are, one of `medjax.data.targets.KINDS`.
+      columns: task of findings -> names of their attributes, sorted.
+      ignore: value of voxels that nobody labelled, kept in the targets as it is; None where there is none.
     """
 
     modalities: tuple[str, ...]
@@ -243,6 +268,17 @@ class Plan:
     median_shape: tuple[int, int, int] = (1, 1, 1)
     nonfinite: str = "error"
     missing: str = "error"
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    ignore: int | None = None
+    order: int = 3
+    anisotropy: float = 0.0
+    enhance: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def declared(self) -> tuple[int, ...] | None:
+        """Values that masks may hold besides 0; None: any."""
+        return (*self.labels.values(), *(() if self.ignore is None else (self.ignore,))) if self.labels else None
 
     def to_json(self) -> str:
         """As JSON text; floats keep every bit."""
@@ -256,6 +292,8 @@ class Plan:
             raise UserError(f"preprocessing plan of version {version}: this medjax reads version {_PLAN_VERSION}")
         for key in ("modalities", "spacing", "median_spacing", "median_shape"):
             table[key] = None if table[key] is None else tuple(table[key])
+        table["enhance"] = tuple(table.get("enhance", ()))
+        table["columns"] = {task: tuple(names) for task, names in table.get("columns", {}).items()}
         return cls(**table)
 
     def apply(
@@ -293,6 +331,10 @@ class Plan:
             data = finite(images, self.nonfinite).data.reshape(data.shape, order="A")
         for volume in labels.values():
             check_same_grid(volume, images)
+        raw = [_large_value(data[..., c]) if real[c] else 0.0 for c in range(count)] if self.enhance else None
+        if self.enhance:
+            images = dataclasses.replace(images, data=data, nonfinite=0)
+            data = self.enhanced(images, real, called).data
 
         if self.crop == "nonzero":
             geometry = self._nonzero_geometry(images, data)
@@ -304,22 +346,41 @@ class Plan:
             if not real[channel]:
                 scales.append(0.0)
                 continue
-            cropped = geometry.orient(data[..., channel])[geometry.crop]
-            # One memory order whatever the file's: sums, and so the result, then agree to the bit. And a copy.
-            with np.errstate(over="ignore"):
-                values = _copied(cropped, np.float32)
-            low, high = float(values.min()), float(values.max())
-            if not (math.isfinite(low) and math.isfinite(high)):
-                raise UserError(f"{called[channel]}: values beyond the range of float32 (3.4e38). Rescale the image.")
-            if low == high:
-                raise UserError(
-                    f"{called[channel]}: the image is constant (every voxel is {low:g}), so there is nothing to see in "
-                    "it. Give the right file or leave the case out."
-                )
-            scales.append(_large_value(values))
-            image[..., channel] = self._finish(values, modality, geometry, called[channel])
-        targets = {task: self._target(volume, geometry) for task, volume in labels.items()}
-        return Prepared(image, targets, geometry, real, tuple(scales))
+            values = _float_copy(geometry.orient(data[..., channel])[geometry.crop], called[channel])
+            scales.append(_large_value(values) if raw is None else raw[channel])
+            self._finish(values, modality, geometry, called[channel], image[..., channel])
+        masks = {task: self._target(volume, geometry) for task, volume in labels.items()}
+        return Prepared(image, masks, geometry, real, tuple(scales))
+
+    def enhanced(
+        self,
+        images: Volume,
+        present: Sequence[bool] | None = None,
+        names: Sequence[str] | None = None,
+        steps: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Volume:
+        """A case after the steps of `enhance` (or `steps`), on the file's own grid: [X, Y, Z, C] float32.
+
+        Arguments as for `apply`; finite values only.
+        """
+        data = images.data if images.data.ndim == 4 else images.data[..., None]
+        called = list(names or [f"{images.name} ({m})" for m in self.modalities])
+        real = list(present or [True] * len(self.modalities))
+        chosen = self.enhance if steps is None else steps
+        grid = self.geometry(images.shape, images.affine)
+        spacing = np.array(spacing_of(images.affine))[list(grid.permutation)].tolist()
+
+        def oriented(channel: int) -> np.ndarray:
+            return _float_copy(grid.orient(data[..., channel]), called[channel])
+
+        wanted = enhance.mask_modalities(chosen)
+        masks = {m: oriented(c) for c, m in enumerate(self.modalities) if m in wanted and real[c]}
+        out = np.zeros((*images.shape, len(self.modalities)), np.float32, order="F")
+        for channel, modality in enumerate(self.modalities):
+            if real[channel]:
+                made = enhance.run(oriented(channel), modality, chosen, spacing, called[channel], masks)
+                grid.orient(out[..., channel])[...] = made
+        return dataclasses.replace(images, data=out)
 
     def prepared_shape(self, case: Case) -> tuple[int, int, int]:
         """Shape of the prepared case from its header alone: exact without cropping, else an upper bound."""
@@ -357,7 +418,19 @@ class Plan:
             crop_shape=_three(kept),
             shape=_three(prepared),
             ratios=(ratios[0], ratios[1], ratios[2]),
+            coarse=self._coarse(np.array(spacing_of(affine))[list(permutation)]) if prepared != kept else None,
         )
+
+    def _coarse(self, spacing: np.ndarray) -> int | None:
+        """The axis along which voxels are picked: the one long edge of the file's voxels, else of the target's."""
+        if not self.anisotropy:
+            return None
+        for edges in (spacing, np.asarray(self.spacing or spacing)):
+            if edges.max() > self.anisotropy * edges.min():
+                # Two long edges make no slices.
+                longest = np.flatnonzero(edges >= edges.max() * (1 - _SAME_SPACING))
+                return int(longest[0]) if len(longest) == 1 else None
+        return None
 
     def _nonzero_geometry(self, images: Volume, data: np.ndarray) -> Geometry:
         """The geometry that keeps the bounding box of voxels where any channel of `data` is not 0."""
@@ -369,16 +442,17 @@ class Plan:
             raise UserError(f"{images.name}: the image is 0 everywhere. Give the right file or leave the case out.")
         return self.geometry(images.shape, images.affine, box)
 
-    def _finish(self, values: np.ndarray, modality: str, geometry: Geometry, name: str) -> np.ndarray:
-        """Resamples and normalises one channel [*crop_shape] float32, which it may overwrite -> [*shape] float32."""
+    def _finish(self, values: np.ndarray, modality: str, geometry: Geometry, name: str, out: np.ndarray) -> None:
+        """Resamples and normalises one channel [*crop_shape] float32, which it may overwrite, into `out` [*shape]."""
         kind = self.normalize[modality]
         mask = values != 0 if kind == "zscore_nonzero" else None  # before interpolation blurs the border of the zeros
         if not geometry.same_grid:
-            values = resample(values, geometry.shape, geometry.ratios, order=3)
+            values = resample(values, geometry.shape, geometry.ratios, geometry.orders(self.order))
             if mask is not None:
                 mask = resample(mask, geometry.shape, geometry.ratios, order=0)
         if kind == "none":
-            return values
+            out[...] = values
+            return
         if kind == "percentile":
             low, high = (np.float32(v) for v in np.percentile(values, _PERCENTILES))
             if not high > low:
@@ -395,11 +469,13 @@ class Plan:
             raise UserError(
                 f"{name}: constant where normalize={kind!r} measures it. Choose another normalisation for it."
             )
-        values -= np.float32(mean)
-        values /= np.float32(std)
         if mask is not None:
-            values[~mask] = 0
-        return values
+            values[~mask] = np.float32(mean)  # exactly 0 after the next lines
+        for before, after in zip(
+            values, out, strict=True
+        ):  # slab by slab: `out` is strided, the slab stays in the cache
+            before -= np.float32(mean)
+            np.divide(before, np.float32(std), out=after)
 
     def _target(self, volume: Volume, geometry: Geometry) -> np.ndarray:
         oriented = geometry.orient(volume.data)
@@ -412,11 +488,27 @@ class Plan:
         labels = _copied(labels, dtype)
         if geometry.same_grid:
             return labels
-        return resample_labels(labels, geometry.shape, geometry.ratios)
+        return resample_labels(labels, geometry.shape, geometry.ratios, geometry.orders(1))
 
 
 def _three(numbers: Sequence[int]) -> tuple[int, int, int]:
     return int(numbers[0]), int(numbers[1]), int(numbers[2])
+
+
+def _float_copy(array: np.ndarray, name: str) -> np.ndarray:
+    """A C-contiguous float32 copy of one channel [X, Y, Z]; UserError where it shows nothing or leaves float32."""
+    # One memory order whatever the file's: sums, and so the result, then agree to the bit.
+    with np.errstate(over="ignore"):
+        values = _copied(array, np.float32)
+    low, high = float(values.min()), float(values.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise UserError(f"{name}: values beyond the range of float32 (3.4e38). Rescale the image.")
+    if low == high:
+        raise UserError(
+            f"{name}: the image is constant (every voxel is {low:g}), so there is nothing to see in it. Give the right "
+            "file or leave the case out."
+        )
+    return values
 
 
 def _copied(array: np.ndarray, dtype: Any) -> np.ndarray:
@@ -468,6 +560,16 @@ def check_spec(spec: Mapping[str, Any], modalities: Sequence[str]) -> dict[str, 
         if full[key] not in known:
             hint = nearest(full[key], (k for k in known if k))
             raise UserError(f"data.preprocess.{key}={full[key]!r}{hint} (known: {', '.join(map(str, known))})")
+    if full["order"] not in (1, 3):
+        raise UserError(f"data.preprocess.order={full['order']!r}: images are resampled with 1 (linear) or 3 (cubic)")
+    ratio = full["anisotropy"]
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not (ratio == 0 or 1 <= ratio < math.inf):
+        raise UserError(
+            f"data.preprocess.anisotropy={ratio!r}: give the ratio of voxel edges from which slices are resampled on "
+            "their own (nnU-Net: 3), or 0 for never"
+        )
+    full["anisotropy"] = float(ratio)
+    full["enhance"] = enhance.check(full["enhance"], modalities, codes)
     given = full["normalize"]
     table = dict.fromkeys(modalities, given) if isinstance(given, str) else dict(given)
     check_keys("data.preprocess.normalize", table, tuple(modalities))
@@ -490,6 +592,10 @@ def fit(spec: Mapping[str, Any], cohort: Cohort, cases: Iterable[Case]) -> Plan:
       spec: keys of `DEFAULT_SPEC`:
         orientation: axis codes, 'RAS' by default.
         spacing: three mm along the oriented axes, 'median' of the training cases, or None (each file's own).
+        order: 3, cubic B-spline, or 1, linear: interpolation of images.
+        anisotropy: resample slices on their own where voxels are longer than this many times their shortest edge
+          (nnU-Net's rule, with 3), 0 by default: never.
+        enhance: steps of `medjax.data.enhance`, names or tables: ('n4', {'name': 'median', 'radius': 1}).
         crop: 'nonzero' (bounding box of voxels where any modality is not 0) or None.
         normalize: a name for all modalities or {modality: name}. 'zscore': mean 0, std 1 over the volume;
           'zscore_nonzero': over its non-zero voxels, zeros stay 0; 'ct': clipped to the 0.5 and 99.5 percentiles of the
@@ -498,7 +604,8 @@ def fit(spec: Mapping[str, Any], cohort: Cohort, cases: Iterable[Case]) -> Plan:
         nonfinite: 'error', or 'zero' to read NaN and infinite values as 0.
         missing: 'error', or 'zero' to let a case lack modalities.
       cohort: for modalities and labels.
-      cases: the training cases. Only headers are read, except for 'ct', which reads those images and masks.
+      cases: the training cases. Only headers are read, except for 'ct', which reads those images and masks, and for
+        'nyul' among the steps of `enhance`, which reads the images.
 
     Returns:
       The plan.
@@ -510,6 +617,8 @@ def fit(spec: Mapping[str, Any], cohort: Cohort, cases: Iterable[Case]) -> Plan:
     if not cases:
         raise UserError("data.preprocess: there are no training cases to fit to")
     full = check_spec(spec, cohort.modalities)
+    kinds, _ = targets.learn({id(case): case for case in (*cohort.cases, *cases)}.values())
+    _, columns = targets.learn(cases)
     with ThreadPoolExecutor(max_workers=4) as pool:
         grids = list(pool.map(nifti.read_grid, (next(iter(case.images.values())) for case in cases)))
     oriented = [axes_towards(affine, full["orientation"])[0] for _, affine in grids]
@@ -525,12 +634,45 @@ def fit(spec: Mapping[str, Any], cohort: Cohort, cases: Iterable[Case]) -> Plan:
         median_spacing=(x, y, z),
         nonfinite=full["nonfinite"],
         missing=full["missing"],
+        kinds=kinds,
+        columns=columns,
+        ignore=cohort.ignore,
+        order=full["order"],
+        anisotropy=full["anisotropy"],
+        enhance=full["enhance"],
     )
     shapes = [plan.geometry(shape, affine).shape for shape, affine in grids]
     a, b, c = (round(float(n)) for n in np.median(shapes, axis=0))
     plan = dataclasses.replace(plan, median_shape=(a, b, c))
+    for number, step in enumerate(plan.enhance):
+        if step["name"] == "nyul":
+            learnt = enhance.learn(step, _landmarks(plan, number, cases))
+            plan = dataclasses.replace(plan, enhance=(*plan.enhance[:number], learnt, *plan.enhance[number + 1 :]))
     ct = [m for m in cohort.modalities if full["normalize"][m] == "ct"]
     return dataclasses.replace(plan, foreground=_foreground(plan, ct, cases)) if ct else plan
+
+
+def _landmarks(plan: Plan, number: int, cases: Sequence[Case]) -> list[dict[str, np.ndarray]]:
+    """For each case, modality -> its landmarks for step `number` of `plan.enhance`, after the steps before it."""
+    step = plan.enhance[number]
+
+    def measure(case: Case) -> dict[str, np.ndarray]:
+        images, present, names = _read(case, plan)
+        data = plan.enhanced(images, present, names, plan.enhance[:number]).data
+        return {
+            modality: enhance.landmarks(data[..., channel], step, names[channel])
+            for channel, modality in enumerate(plan.modalities)
+            if present[channel] and modality in step["modalities"]
+        }
+
+    with ThreadPoolExecutor(max_workers=usable_cpus()) as pool:
+        return list(pool.map(measure, cases))
+
+
+def _read(case: Case, plan: Plan) -> tuple[Volume, list[bool], list[str]]:
+    """A case's images with finite values, which of them are there, and what to call them."""
+    images = finite(load_images(case, plan.modalities, allow_missing=plan.missing == "zero"), plan.nonfinite)
+    return images, [m in case.images for m in plan.modalities], [str(case.images.get(m, m)) for m in plan.modalities]
 
 
 def _foreground(plan: Plan, modalities: Sequence[str], cases: Sequence[Case]) -> dict[str, dict[str, float]]:
@@ -541,12 +683,19 @@ def _foreground(plan: Plan, modalities: Sequence[str], cases: Sequence[Case]) ->
         have = [m for m in modalities if m in case.images]
         if not masks or not have:
             continue
-        images = finite(load_images(case, have), plan.nonfinite)
+        if plan.enhance:
+            images, present, names = _read(case, plan)
+            images = plan.enhanced(images, present, names)
+            channels = [plan.modalities.index(m) for m in have]
+        else:
+            images, channels = finite(load_images(case, have), plan.nonfinite), list(range(len(have)))
         inside = np.zeros(images.shape, bool)
         for path in masks:
-            inside |= nifti.read_label(path, images, plan.labels.values() or None).data > 0
-        for channel, modality in enumerate(have):
-            values = np.sort(images.data[inside, channel].astype(np.float32))
+            mask = nifti.read_label(path, images, plan.declared).data
+            inside |= (mask > 0) & (mask != plan.ignore) if plan.ignore is not None else mask > 0
+        data = images.data if images.data.ndim == 4 else images.data[..., None]
+        for channel, modality in zip(channels, have, strict=True):
+            values = np.sort(data[..., channel][inside].astype(np.float32))
             if len(values):
                 # Evenly spaced quantiles stand for the case.
                 n = min(len(values), _FOREGROUND_PER_CASE)
@@ -573,23 +722,30 @@ def prepare_case(case: Case, plan: Plan, tasks: Sequence[str] | None = None) -> 
     Args:
       case: the case.
       plan: from `fit`.
-      tasks: those whose masks are wanted; all by default. Targets that are numbers are not touched here.
+      tasks: those whose targets are wanted; all by default.
 
     Returns:
       The prepared case.
 
     Raises:
-      UserError: anything wrong with its files, naming them.
+      UserError: anything wrong with its files or targets, naming them.
     """
+    wanted = [task for task in case.targets if tasks is None or task in tasks]
     images = load_images(case, plan.modalities, allow_missing=plan.missing == "zero")
     present = [m in case.images for m in plan.modalities]
-    labels = {
-        task: nifti.read_label(path, images, plan.labels.values() or None)
-        for task, path in case.targets.items()
-        if isinstance(path, Path) and (tasks is None or task in tasks)
-    }
+    labels, rest = {}, []
+    for task in wanted:
+        if isinstance(path := case.targets[task], Path):
+            labels[task] = nifti.read_label(path, images, plan.declared)
+        else:
+            rest.append(task)
     names = [str(case.images.get(m, m)) for m in plan.modalities]
-    return plan.apply(images, labels, present, names)
+    prepared = plan.apply(images, labels, present, names)
+    at = prepared.geometry
+    masks, values = targets.encode(
+        case, rest, plan.kinds, plan.columns, at.affine, at.shape, images.affine, images.shape
+    )
+    return dataclasses.replace(prepared, targets=prepared.targets | masks, values=values)
 
 
 def compare_intensities(scales: Mapping[str, Sequence[float]], modalities: Sequence[str]) -> None:

@@ -13,10 +13,13 @@ result could depend on the number of threads.
 from __future__ import annotations
 
 import csv
+import difflib
 import functools
 import gzip
 import hashlib
+import importlib
 import importlib.util
+import inspect
 import json
 import os
 import queue
@@ -26,7 +29,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -48,6 +51,16 @@ LABELS = {
 }
 # Raise it with every change of what is generated: cohorts already in the cache are then left alone and made anew.
 VERSION = 1
+
+# Name in `data.cohort` -> (module, function); the function takes `data.options` and returns a folder in Decathlon
+# layout, or a manifest.
+GENERATORS = {
+    "synthetic_brain": ("medjax.data.synthetic", "brain_cohort"),
+    "synthetic_stroke": ("medjax.data.synthetic_stroke", "stroke_cohort"),
+    "synthetic_lung": ("medjax.data.synthetic_lung", "lung_cohort"),
+    "synthetic_breast": ("medjax.data.synthetic_breast", "breast_cohort"),
+    "synthetic_colon": ("medjax.data.synthetic_colon", "colon_cohort"),
+}
 
 _TEMPLATE_FILE = "datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
 # Mean intensity of CSF, grey and white matter in the template's T1 (maximum 1), read off its pure voxels.
@@ -119,6 +132,23 @@ class _Template:
     sites: np.ndarray  # [N, 3] mm, deep in white matter: where tumours may start
 
 
+def generate(name: str, options: Mapping[str, Any]) -> Path:
+    """The cohort that the generator `name` makes with `options`: a folder in Decathlon layout, or a manifest.
+
+    Raises:
+        UserError: an option the generator does not have, or what the generator says of a value.
+    """
+    module, function = GENERATORS[name]
+    generator = getattr(importlib.import_module(module), function)
+    known = inspect.signature(generator).parameters
+    for key in options:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+            raise UserError(f"config: data.options: {name} has no option {key!r}; {hint}")
+    return generator(**options)
+
+
 def brain_cohort(
     folder: str | os.PathLike[str] | None = None,
     *,
@@ -158,16 +188,65 @@ def brain_cohort(
     counts = {"train": n_train, "val": n_val, "test": n_test}
     _check(counts, seed, workers, spacing, size)
     parameters = {"version": VERSION, **counts, "seed": seed, "spacing": float(spacing), "size": size and list(size)}
-    digest = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:10]
-    cache = Path(folder or os.environ.get("MEDJAX_CACHE") or Path.home() / ".cache" / "medjax").expanduser()
-    target = cache / f"brain-v{VERSION}-{digest}"
     splits = [split for split, count in counts.items() for _ in range(count)]
     ids = [f"brain_{number:03d}" for number in range(len(splits))]
+    healthy = n_train - 1 if n_train >= 8 else None
+    jobs = [
+        {
+            "id": name,
+            "seed": seed,
+            "number": number,
+            "tumour": number != healthy,
+            "spacing": float(spacing),
+            "size": size,
+        }
+        for number, name in enumerate(ids)
+    ]
+    return make_cohort(
+        folder,
+        "brain",
+        parameters,
+        jobs,
+        ["dataset.json", "split.csv"] + [f"{part}/{name}.nii.gz" for name in ids for part in ("imagesTr", "labelsTr")],
+        before=_template_paths,
+        finish=lambda build: _write_tables(build, ids, splits),
+        workers=workers,
+        progress=progress,
+    )
+
+
+def make_cohort(
+    folder: str | os.PathLike[str] | None,
+    name: str,
+    parameters: Mapping[str, Any],
+    jobs: Sequence[dict[str, Any]],
+    files: Sequence[str],
+    *,
+    before: Callable[[], Any],
+    finish: Callable[[Path], None],
+    workers: int | None,
+    progress: bool,
+) -> Path:
+    """Returns the folder of a cohort, which is built on first use beside its final place and renamed when complete.
+
+    Args:
+        folder: where cohorts are kept, see `brain_cohort`.
+        name, parameters: the folder is called after the name, the parameters' `version` and a hash of the parameters.
+        jobs: what the workers write, one JSON record a case with 'id'; 'writer' ('module:function') is called with the
+            record and 'folder', and is this module's `_write_case` where it is left out.
+        files: names within the folder that a finished cohort has.
+        before: called before anything is built; raises UserError for what is missing.
+        finish: writes the tables.
+        workers, progress: see `brain_cohort`.
+    """
+    digest = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:10]
+    cache = Path(folder or os.environ.get("MEDJAX_CACHE") or Path.home() / ".cache" / "medjax").expanduser()
+    target = cache / f"{name}-v{parameters['version']}-{digest}"
     if target.exists():
-        _check_complete(target, ids)
+        _check_complete(target, files)
         return target
 
-    _template_paths()
+    before()
     try:
         cache.mkdir(parents=True, exist_ok=True)
         _remove_stale(cache, target.name)
@@ -177,30 +256,18 @@ def brain_cohort(
             f"{cache}: cannot write the synthetic cohort here ({error.strerror}); set MEDJAX_CACHE to a writable folder"
         ) from error
     try:
-        for part in ("imagesTr", "labelsTr"):
-            (build / part).mkdir()
-        healthy = n_train - 1 if n_train >= 8 else None
-        jobs = [
-            {
-                "folder": str(build),
-                "id": name,
-                "seed": seed,
-                "number": number,
-                "tumour": number != healthy,
-                "spacing": float(spacing),
-                "size": size,
-            }
-            for number, name in enumerate(ids)
-        ]
+        for part in {Path(file).parent for file in files}:
+            (build / part).mkdir(parents=True, exist_ok=True)
+        jobs = [{**job, "folder": str(build)} for job in jobs]
         n_workers = min(workers or usable_cpus(), len(jobs))
         with _Progress(len(jobs), f"synthetic cohort {target}", progress) as bar:
             if n_workers == 1:
                 for job in jobs:
-                    _write_case(job)
+                    _work(job)
                     bar.advance()
             else:
                 _run_workers(jobs, n_workers, bar.advance)
-        _write_tables(build, ids, splits)
+        finish(build)
         build.chmod(0o755)
         try:
             build.rename(target)
@@ -704,10 +771,7 @@ def _check(
         raise UserError(f"size is {size}: give three voxel counts of at least 8, or None for the whole brain")
 
 
-def _check_complete(target: Path, ids: Sequence[str]) -> None:
-    names = ["dataset.json", "split.csv"] + [
-        f"{part}/{name}.nii.gz" for name in ids for part in ("imagesTr", "labelsTr")
-    ]
+def _check_complete(target: Path, names: Sequence[str]) -> None:
     missing = [name for name in names if not (target / name).exists()]
     if missing:
         raise UserError(
@@ -831,5 +895,10 @@ def _serve() -> None:
     """Worker: one JSON job a line on standard input, the case's id on standard output when its files are written."""
     for line in sys.stdin:
         job = json.loads(line)
-        _write_case(job)
+        _work(job)
         print(job["id"], flush=True)
+
+
+def _work(job: dict[str, Any]) -> None:
+    module, _, function = job.get("writer", "medjax.data.synthetic:_write_case").partition(":")
+    getattr(importlib.import_module(module), function)(job)

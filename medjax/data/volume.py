@@ -152,9 +152,11 @@ def check_same_grid(volume: Volume, like: Volume) -> None:
     The affines may differ by `GRID_TOLERANCE_MM` at the corners; up to `GRID_TOLERANCE_VOXELS` they pass with a note.
     """
     if volume.shape != like.shape:
+        turned = sorted(volume.shape) == sorted(like.shape)
         raise UserError(
             f"{volume.name}: shape {volume.shape} differs from {like.shape} of {like.name}; both must lie on one grid. "
-            "Resample one onto the other's grid, or pair the right files."
+            + ("The same numbers in another order: were axes swapped on the way? " if turned else "")
+            + "Resample one onto the other's grid, or pair the right files."
         )
     distance = corner_distance(volume.affine, like.affine, like.shape)
     if distance <= GRID_TOLERANCE_MM:

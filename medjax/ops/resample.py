@@ -70,15 +70,17 @@ def axis_matrix(n_in: int, n_out: int, ratio: float, order: int) -> np.ndarray:
     return out
 
 
-def resample(array: np.ndarray, shape: Sequence[int], ratios: Sequence[float], order: int) -> np.ndarray:
+def resample(
+    array: np.ndarray, shape: Sequence[int], ratios: Sequence[float], order: int | Sequence[int]
+) -> np.ndarray:
     """Resamples a volume onto `shape`.
 
     Args:
       array: [X, Y, Z] or [X, Y, Z, C], finite.
       shape: three voxel counts of the result.
       ratios: per axis, spacing after over spacing before.
-      order: 0 keeps the dtype and picks voxels; 1 and 3 return float32. Order 3 is clipped to the range of each
-        channel, so that ringing makes no value that the input does not reach.
+      order: for all axes, or one each. 0 everywhere keeps the dtype and picks voxels; 1 and 3 return float32. Order 3
+        is clipped to the range of each channel, so that ringing makes no value that the input does not reach.
 
     Returns:
       [*shape] or [*shape, C], C-contiguous.
@@ -86,24 +88,27 @@ def resample(array: np.ndarray, shape: Sequence[int], ratios: Sequence[float], o
     array = np.asarray(array)
     if array.ndim not in (3, 4):
         raise ValueError(f"array must be [X, Y, Z] or [X, Y, Z, C], not {array.shape}")
-    if order not in ORDERS:
-        raise ValueError(f"order must be one of {ORDERS}, not {order}")
+    orders = (order,) * 3 if isinstance(order, int) else tuple(order)
+    if len(orders) != 3 or any(o not in ORDERS for o in orders):
+        raise ValueError(f"order must be one of {ORDERS}, or three of them, not {order}")
     a, b, c = (int(n) for n in shape)
     target = (a, b, c)
-    if order == 0:
+    if orders == (0, 0, 0):
         index = [
             _nearest(sample_positions(n, m, r), n) for n, m, r in zip(array.shape[:3], target, ratios, strict=True)
         ]
         return np.ascontiguousarray(array[np.ix_(*index)])
     if array.ndim == 3:
-        return _resample_channel(array, target, ratios, order)
+        return _resample_channel(array, target, ratios, orders)
     out = np.empty((*target, array.shape[3]), np.float32)
     for channel in range(array.shape[3]):
-        out[..., channel] = _resample_channel(array[..., channel], target, ratios, order)
+        out[..., channel] = _resample_channel(array[..., channel], target, ratios, orders)
     return out
 
 
-def resample_labels(labels: np.ndarray, shape: Sequence[int], ratios: Sequence[float]) -> np.ndarray:
+def resample_labels(
+    labels: np.ndarray, shape: Sequence[int], ratios: Sequence[float], orders: Sequence[int] = (1, 1, 1)
+) -> np.ndarray:
     """Resamples an integer label map: each label's indicator linearly, then the label with the largest share wins.
 
     Smoother outlines than nearest-voxel sampling, and no label that was not there. Ties go to the lower label.
@@ -111,6 +116,7 @@ def resample_labels(labels: np.ndarray, shape: Sequence[int], ratios: Sequence[f
     Args:
       labels: [X, Y, Z] integers.
       shape, ratios: as for `resample`.
+      orders: 1, or 0 along an axis whose voxels are picked.
 
     Returns:
       [*shape], dtype of `labels`. One label is held at a time, inside its bounding box.
@@ -118,7 +124,9 @@ def resample_labels(labels: np.ndarray, shape: Sequence[int], ratios: Sequence[f
     labels = np.asarray(labels)
     if labels.dtype.kind not in "iub" or labels.ndim != 3:
         raise ValueError(f"labels must be [X, Y, Z] integers, not {labels.dtype} {labels.shape}")
-    matrices = [axis_matrix(n, m, float(r), 1) for n, m, r in zip(labels.shape, shape, ratios, strict=True)]
+    matrices = [
+        axis_matrix(n, m, float(r), order) for n, m, r, order in zip(labels.shape, shape, ratios, orders, strict=True)
+    ]
     values = np.unique(labels)
     out = np.full(tuple(shape), values[0], labels.dtype)
     if len(values) == 1:
@@ -159,10 +167,10 @@ def _nearest(x: np.ndarray, n: int) -> np.ndarray:
 
 
 def _resample_channel(
-    channel: np.ndarray, shape: tuple[int, int, int], ratios: Sequence[float], order: int
+    channel: np.ndarray, shape: tuple[int, int, int], ratios: Sequence[float], orders: Sequence[int]
 ) -> np.ndarray:
     matrices: list[np.ndarray | None] = []
-    for n, m, r in zip(channel.shape, shape, ratios, strict=True):
+    for n, m, r, order in zip(channel.shape, shape, ratios, orders, strict=True):
         matrices.append(None if n == m and r == 1 else axis_matrix(n, m, float(r), order))
     values = np.ascontiguousarray(channel, np.float32)
     if all(matrix is None for matrix in matrices):
@@ -177,7 +185,7 @@ def _resample_channel(
     if scale != 1.0:
         np.clip(out, low / scale, high / scale, out=out)
         out *= np.float32(scale)
-    if order == 3 or scale != 1.0:
+    if 3 in orders or scale != 1.0:
         np.clip(out, low, high, out=out)
     return out
 

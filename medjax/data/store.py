@@ -1,0 +1,826 @@
+"""The prepared store: preprocessed cases on disk, read patch by patch, never prepared twice and never served stale.
+
+One file a case: an array_record file that holds a single uncompressed `tf.train.Example` with the voxels in C order,
+so that the same bytes serve TFDS (`tfds.builder_from_directory`) as whole volumes and the sampler as patches: a patch
+is read where it lies, without the rest of the volume. Files are named by what they were made from (contents of the
+source files, plan, code of the preparation), are written beside and renamed, and each block of 64 KiB carries a
+checksum that is compared when a process first touches it.
+
+    <store>/cases/3f/3f2a....array_record   the Example; .json beside it: where its arrays lie, checksums, geometry
+    <store>/sources.json                    digests of source files by size and times: the cheap check
+    <store>/<cohort>/<key>/1.0.0/           a TFDS dataset of the splits: links to the cases, and TFDS's metadata
+
+Reading needs neither TensorFlow nor array_record; writing needs array_record, and the metadata TFDS.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import contextlib
+import functools
+import glob
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import threading
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medjax.data import preprocess
+from medjax.data.cases import Case
+from medjax.data.dataset import each
+from medjax.data.sampler import foreground_points
+from medjax.errors import UserError, warn_once
+from medjax.ops.native.cpus import usable_cpus
+
+_FORMAT = 1  # of a case's file and of the JSON beside it
+# array_record's files (riegeli's records format): blocks of 64 KiB that begin with a header; the rest is one stream.
+_BLOCK, _HEADER = 1 << 16, 24
+_PAYLOAD = _BLOCK - _HEADER
+_OPTIONS = "group_size:1,uncompressed"  # voxels are read in place, and compressing floats costs more than it saves
+_LARGEST = (1 << 31) - (1 << 20)  # bytes a protocol buffer may have, less room for the small features
+_PIECES = 512  # pairs of buffers a preadv call takes (IOV_MAX is 1024)
+_VERSION = "1.0.0"
+_NO_MASK = (2, 2, 2)  # shape of a mask that is not there; TFDS's numpy reader trips over empty arrays
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+class _Damaged(Exception):
+    """A case's file is gone, shorter than it was, or holds other bytes."""
+
+
+class _Record:
+    """A case's file: bytes of its Example, each block compared with its checksum when first touched."""
+
+    def __init__(self, path: Path, about: Mapping[str, Any], rebuild: Callable[[], Mapping[str, Any]] | None) -> None:
+        self.path, self._rebuild, self._lock = path, rebuild, threading.Lock()
+        self._take(about)
+
+    def _take(self, about: Mapping[str, Any]) -> None:
+        self._start = int(about["start"])
+        self._sums = np.frombuffer(base64.b64decode(about["blocks"]), "<u4")
+        self._checked = bytearray(len(self._sums))
+
+    def runs(self, wanted: Callable[[], Iterable[tuple[int, np.ndarray]]]) -> None:
+        """Fills contiguous arrays, each from the byte offset beside it, in turn; a damaged file is mended once."""
+        checked = self._checked
+        try:
+            self._runs(wanted())
+        except _Damaged as error:
+            self._mend(str(error), checked)
+            try:
+                self._runs(wanted())
+            except _Damaged as again:
+                raise UserError(f"{self.path}: {again}, again after it was prepared anew; check the disk") from None
+
+    def _runs(self, wanted: Iterable[tuple[int, np.ndarray]]) -> None:
+        try:
+            fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError as error:
+            raise _Damaged(error.strerror) from None
+        try:
+            for first, out in wanted:
+                self._run(fd, first, memoryview(out.data).cast("B"))
+        except OSError as error:
+            raise _Damaged(error.strerror) from None
+        finally:
+            os.close(fd)
+
+    def _run(self, fd: int, first: int, out: memoryview) -> None:
+        block, within = divmod(self._start + first, _PAYLOAD)
+        last = (self._start + first + len(out) - 1) // _PAYLOAD
+        if self._checked.find(0, block, last + 1) != -1:
+            self._check(fd, block, last)
+        at, done = block * _BLOCK + _HEADER + within, 0
+        header = bytearray(_HEADER)
+        while done < len(out):
+            buffers: list[Any] = []
+            begun = done
+            while done < len(out) and len(buffers) < 2 * _PIECES:
+                size = min(_PAYLOAD - within, len(out) - done)
+                buffers += (out[done : done + size], header)
+                done, within = done + size, 0
+            buffers.pop()  # the header after the last piece
+            size = done - begun + _HEADER * (len(buffers) // 2)
+            if os.preadv(fd, buffers, at) != size:
+                raise _Damaged("shorter than it was")
+            at += size + _HEADER
+
+    def _check(self, fd: int, block: int, last: int) -> None:
+        for number in range(block, last + 1):
+            if not self._checked[number]:
+                data = os.pread(fd, _BLOCK, number * _BLOCK)
+                if zlib.crc32(data) != self._sums[number]:
+                    raise _Damaged(f"damaged (block {number} of {len(self._sums)} is not what was written)")
+                self._checked[number] = 1
+
+    def _mend(self, what: str, seen: bytearray) -> None:
+        with self._lock:
+            if self._checked is not seen:  # another thread has just mended it
+                return
+            if self._rebuild is None:
+                raise UserError(f"{self.path}: {what}. Delete it and prepare the store again where the sources are.")
+            warn_once(f"{self.path}: {what}; the case is prepared anew")
+            self._take(self._rebuild())
+
+
+class Stored:
+    """An array in the store, read when it is sliced; `numpy.asarray` reads all of it.
+
+    Attributes:
+      shape, ndim: of the array. dtype: of what slicing gives (`kept` is the type on disk).
+    """
+
+    def __init__(self, record: _Record, at: int, shape: Sequence[int], kept: str, dtype: str) -> None:
+        self._record, self._at, self._kept = record, at, np.dtype(kept)
+        self.shape, self.ndim, self.dtype = tuple(shape), len(shape), np.dtype(dtype)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[()], dtype)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """As numpy's; slices of step 1 along the first three axes read what they name, anything else reads it all."""
+        cuts = index if isinstance(index, tuple) else (index,)
+        if len(cuts) > 3 or any(not isinstance(c, slice) or c.step not in (None, 1) for c in cuts):
+            return self[()][index]
+        bounds = [c.indices(n)[:2] for c, n in zip(cuts, self.shape, strict=False)]
+        sizes = [max(0, stop - start) for start, stop in bounds]
+        tail = self.shape[len(cuts) :]
+        out = np.empty((*sizes, *tail), self._kept)
+        if out.size:
+            self._fill(out, [start for start, _ in bounds], sizes)
+        return out.astype(self.dtype, copy=False)
+
+    def _fill(self, out: np.ndarray, starts: list[int], sizes: list[int]) -> None:
+        # Axes that are taken whole lie together with what follows.
+        while sizes and sizes[-1] == self.shape[len(sizes) - 1]:
+            starts.pop()
+            sizes.pop()
+        strides = [self._kept.itemsize * math.prod(self.shape[i + 1 :]) for i in range(len(starts))]
+        first = self._at + sum(s * n for s, n in zip(starts[:2], strides, strict=False))
+
+        def runs() -> Iterator[tuple[int, np.ndarray]]:
+            if len(sizes) < 2:
+                yield first, out
+            elif len(sizes) == 2:
+                for x in range(sizes[0]):
+                    yield first + x * strides[0], out[x]
+            else:
+                # Rows [y, whole z] lie together: read them, keep the z that are wanted.
+                rows = np.empty((sizes[1], *self.shape[2:]), self._kept)
+                for x in range(sizes[0]):
+                    yield first + x * strides[0], rows
+                    out[x] = rows[:, starts[2] : starts[2] + sizes[2]]
+
+        self._record.runs(runs)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredCase:
+    """A prepared case in the store; stands where `preprocess.Prepared` does.
+
+    Attributes:
+      id, group: of the case.
+      image: [X, Y, Z, C] float32. targets: task -> mask [X, Y, Z]. values: task -> array; small, in memory.
+      geometry, present, scale: see `preprocess.Prepared`.
+      points: task -> value -> voxels int32 [n, 3], see `sampler.foreground_points`.
+    """
+
+    id: str
+    group: str
+    image: Stored
+    targets: Mapping[str, Stored]
+    values: Mapping[str, np.ndarray]
+    geometry: preprocess.Geometry
+    present: tuple[bool, ...]
+    scale: tuple[float, ...]
+    points: Mapping[str, Mapping[int, Stored]]
+
+
+def _open_case(path: Path, about: Mapping[str, Any], rebuild: Callable[[], Mapping[str, Any]] | None) -> StoredCase:
+    record = _Record(path, about, rebuild)
+
+    def array(name: str) -> Stored:
+        return Stored(record, *(about["arrays"][name][k] for k in ("at", "shape", "kept", "dtype")))
+
+    def points(task: str) -> dict[int, Stored]:
+        at = about["arrays"][f"points/{task}"]["at"]
+        return {
+            int(value): Stored(record, at + 12 * first, (count, 3), "<i4", "<i4")
+            for value, first, count in about["points"][task]
+        }
+
+    known = about["targets"]
+    return StoredCase(
+        id=about["id"],
+        group=about["group"],
+        image=array("image"),
+        targets={task: array(f"targets/{task}") for task in known},
+        values={task: _array(*value) for task, value in about["values"].items()},
+        geometry=preprocess.Geometry.from_json(about["geometry"]),
+        present=tuple(about["present"]),
+        scale=tuple(about["scale"]),
+        points={task: points(task) for task in known},
+    )
+
+
+def load(folder: str | os.PathLike[str]) -> dict[str, list[StoredCase]]:
+    """The cases of a dataset in a store, split by split; needs neither the source files nor TensorFlow.
+
+    Args:
+      folder: `<store>/<cohort>/<key>/1.0.0`.
+    """
+    folder = Path(folder)
+    try:
+        table = json.loads((folder / "medjax.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: no dataset of a store ({error}); give <store>/<cohort>/<key>/{_VERSION}") from None
+    pool = folder.parents[2] / "cases"
+    out: dict[str, list[StoredCase]] = {}
+    for split, keys in table["splits"].items():
+        out[split] = []
+        for key in keys:
+            path = _file(pool, key)
+            out[split].append(_open_case(path, _require_about(path), None))
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def prepare(
+    folder: str | os.PathLike[str],
+    name: str,
+    plan: preprocess.Plan,
+    splits: Mapping[str, Sequence[Case]],
+    workers: int = 0,
+    progress: Callable[[str, int], Any] | None = None,
+) -> tuple[dict[str, list[StoredCase]], Path]:
+    """Brings the store up to date with the cases of `splits` and opens them.
+
+    What is there and still true is kept; only new or changed cases are prepared, on threads, one case a thread at a
+    time. A build that was killed goes on where it was; several at once share the work.
+
+    Args:
+      folder: the store; made if need be. name: of the cohort, for the TFDS dataset.
+      workers: threads; 0: one a usable CPU.
+      progress: `(label, total)` -> an object with `update(done)` and `close()`.
+
+    Returns:
+      `(cases, dataset)`: split name -> its cases, in order; and the folder `tfds.builder_from_directory` reads.
+
+    Raises:
+      UserError: anything wrong with a case's files, naming them; no room on the disk.
+    """
+    builder = _Builder(Path(folder).expanduser(), plan, workers or usable_cpus(), progress or _Silent)
+    opened, keys = builder.build({split: tuple(cases) for split, cases in splits.items()})
+    preprocess.compare_intensities({c.id: c.scale for cases in opened.values() for c in cases}, plan.modalities)
+    return opened, _publish(builder.folder, name, plan, keys)
+
+
+class _Silent:
+    """Progress nobody watches."""
+
+    def __init__(self, label: str, total: int) -> None:
+        del label, total
+
+    def update(self, done: int) -> None:
+        del done
+
+    def close(self) -> None:
+        pass
+
+
+class _Builder:
+    """Prepares what a store lacks. One a call of `prepare`."""
+
+    def __init__(self, folder: Path, plan: preprocess.Plan, workers: int, progress: Callable[[str, int], Any]) -> None:
+        self.folder, self.pool = folder, folder / "cases"
+        self._plan, self._workers, self._progress = plan, workers, progress
+        self._context = json.dumps([_FORMAT, _plan_key(plan), code_version()], sort_keys=True)
+        with _said_of(folder):
+            self.pool.mkdir(parents=True, exist_ok=True)
+        self._sources = _Sources(folder / "sources.json")
+
+    def build(self, splits: Mapping[str, Sequence[Case]]) -> tuple[dict[str, list[StoredCase]], dict[str, list[str]]]:
+        """Prepares the missing cases; (split -> opened cases, split -> their keys)."""
+        cases = [case for members in splits.values() for case in members]
+        keys = dict(zip(map(id, cases), self._each("checking source files", self._key, cases), strict=True))
+        self._sources.save()
+        absent = [case for case in cases if _about_if_whole(_file(self.pool, keys[id(case)])) is None]
+        if absent:
+            self._check_room(absent)
+
+            def build(case: Case, wait: bool = False) -> bool:
+                return self._build(case, keys[id(case)], wait)
+
+            done = self._each("preparing cases", build, absent)
+            # What another process was at: finished by now, or ours to do.
+            if late := [case for case, there in zip(absent, done, strict=True) if not there]:
+                self._each("waiting for cases of another process", functools.partial(build, wait=True), late)
+        opened = {split: [self._open(case, keys[id(case)]) for case in members] for split, members in splits.items()}
+        return opened, {split: [keys[id(case)] for case in members] for split, members in splits.items()}
+
+    def _each(self, label: str, function: Callable[[Case], Any], cases: Sequence[Case]) -> list[Any]:
+        bar = self._progress(label, len(cases))
+        done = each(function, cases, self._workers, bar.update)
+        bar.close()
+        return done
+
+    def _key(self, case: Case) -> str:
+        """Name of the case's file: a digest of all it is made from, and nothing else."""
+        images = [[modality, self._sources.digest(path)] for modality, path in case.images.items()]
+        targets = [
+            [task, self._sources.digest(value) if isinstance(value, Path) else repr(value)]
+            for task, value in sorted(case.targets.items())
+        ]
+        text = json.dumps([self._context, case.id, case.group, images, targets])
+        return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
+
+    def _check_room(self, cases: Sequence[Case]) -> None:
+        if self._plan.crop is not None:
+            return  # the shapes are not known before the images are read
+        masks = sum(kind in ("mask", "findings") for kind in self._plan.kinds.values())
+        voxels = sum(math.prod(self._plan.prepared_shape(case)) for case in cases)
+        need = voxels * (4 * len(self._plan.modalities) + masks)
+        free = shutil.disk_usage(self.folder).free
+        if need > free:
+            raise UserError(
+                f"{self.folder}: no room on the disk: {len(cases)} cases to prepare need about {need / 1e9:.1f} GB, "
+                f"{free / 1e9:.1f} GB are free. Free some room or choose another data.store"
+            )
+
+    def _open(self, case: Case, key: str) -> StoredCase:
+        path = _file(self.pool, key)
+
+        def rebuild() -> Mapping[str, Any]:
+            path.unlink(missing_ok=True)
+            if self._key(case) != key:
+                raise UserError(f"{path}: damaged, and case {case.id} has been edited since; give the command again")
+            self._build(case, key, wait=True)
+            return _require_about(path)
+
+        return _open_case(path, _require_about(path), rebuild)
+
+    def _build(self, case: Case, key: str, wait: bool) -> bool:
+        """Prepares and writes a case unless it is there; False if another process is at it and `wait` is False."""
+        path = _file(self.pool, key)
+        with _said_of(self.folder):
+            path.parent.mkdir(exist_ok=True)
+            with _locked(path.with_suffix(".lock"), wait) as mine:
+                if not mine:
+                    return False
+                if _about_if_whole(path) is None:
+                    # The record has its own copy of the prepared case, which is gone by now: two volumes at most.
+                    record, about = _example(case, self._plan, preprocess.prepare_case(case, self._plan))
+                    if self._key(case) != key:
+                        raise UserError(f"case {case.id}: its files changed while they were read; start again")
+                    _write(path, record, about)
+        return True
+
+
+def _write(path: Path, record: bytes, about: dict[str, Any]) -> None:
+    """Writes a case's Example and the JSON beside it; both are renamed into place when whole."""
+    beside = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.part")
+    for left in path.parent.glob(f".{path.stem}.*.part"):  # of a build that was killed
+        left.unlink(missing_ok=True)
+    try:
+        _write_record(beside, record)
+        about["start"], about["blocks"], about["size"] = _sums(beside, record)
+        body = json.dumps(about)
+        _write_text(path.with_suffix(".json"), json.dumps({"digest": _digest(body.encode()), "about": body}))
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _write_record(path: Path, record: bytes) -> None:
+    try:
+        from array_record.python import array_record_module
+    except ImportError:
+        raise UserError("data.store: a store is written with array_record: pip install array_record") from None
+    try:
+        writer = array_record_module.ArrayRecordWriter(str(path), _OPTIONS)
+        writer.write(record)
+        writer.close()
+    except RuntimeError as error:
+        # "write() failed: No space left on device; writing <path>; at byte ..."
+        raise _no_room(path.parent, str(error).partition(";")[0].rpartition(": ")[2]) from None
+
+
+def _write_text(path: Path, text: str) -> None:
+    # A name of its own: processes of one number may write from several machines.
+    beside = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.part")
+    try:
+        beside.write_text(text)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _sums(path: Path, record: bytes) -> tuple[int, str, int]:
+    """Reads a file back: (where in its stream the record begins, its blocks' checksums, its size)."""
+    sums, at = [], 0
+    with path.open("rb") as file:
+        block = file.read(_BLOCK)
+        start = block.find(record[:64]) - _HEADER
+        if start < 0:
+            raise UserError(f"{path}: array_record has laid the file out in a way this medjax does not know; report it")
+        within = _HEADER + start
+        while block:
+            sums.append(zlib.crc32(block))
+            if at < len(record):
+                here = record[at : at + len(block) - within]
+                if here != block[within : within + len(here)]:
+                    raise UserError(f"{path}: the disk does not give back what was written; check it")
+                at, within = at + len(here), _HEADER
+            block = file.read(_BLOCK)
+    return start, _text(np.asarray(sums, "<u4").tobytes()), path.stat().st_size
+
+
+def _example(case: Case, plan: preprocess.Plan, prepared: preprocess.Prepared) -> tuple[bytes, dict[str, Any]]:
+    """A case as a serialised `tf.train.Example`, and where its arrays lie in it.
+
+    The encoding is protocol buffers' wire format: Example {1: Features {1: map<string, Feature>}}, a Feature being {1:
+    BytesList {1: bytes}} or {3: Int64List {1: packed varints}}. Arrays are raw little-endian bytes in C order (TFDS's
+    `Encoding.BYTES`); one with several axes of unknown length has its shape beside it, as TFDS has it. A TFDS
+    example has every feature: what the case has no target for is there as a mask of another shape, class -1 or NaN, and
+    `known` says so.
+    """
+    pieces: list[bytes | memoryview] = []
+    arrays: dict[str, dict[str, Any]] = {}
+
+    def put(name: str, value: bytes | memoryview) -> None:
+        pieces.extend((_head(name, len(value)), value))
+
+    def array(name: str, value: np.ndarray, kept: Any, dynamic: bool) -> None:
+        raw = np.asarray(value, np.dtype(kept).newbyteorder("<"), order="C")
+        put(f"{name}/value" if dynamic else name, memoryview(raw.data).cast("B") if raw.size else b"")
+        at = sum(map(len, pieces)) - raw.nbytes
+        arrays[name] = {"at": at, "shape": raw.shape, "kept": raw.dtype.str, "dtype": value.dtype.str}
+        if dynamic:
+            pieces.append(_int_feature(f"{name}/shape", raw.shape))
+
+    array("image", prepared.image, np.float32, True)
+    for task in plan.kinds:
+        known = task in prepared.targets or task in prepared.values
+        array(f"known/{task}", np.asarray(known, np.uint8), np.uint8, False)
+    points: dict[str, list[tuple[int, int, int]]] = {}
+    for task, kind in plan.kinds.items():
+        if kind in _MASKS:
+            known = task in prepared.targets
+            mask = prepared.targets[task] if known else np.zeros(_NO_MASK, np.uint8)
+            array(f"targets/{task}", mask, _mask_dtype(plan, task), True)
+            found = foreground_points(mask, ignore=plan.ignore)
+            firsts = np.cumsum([0, *map(len, found.values())])
+            points[task] = [(v, int(first), len(p)) for (v, p), first in zip(found.items(), firsts, strict=False)]
+            array(f"points/{task}", np.concatenate([np.zeros((0, 3), np.int32), *found.values()]), np.int32, False)
+        if kind != "mask":
+            value = prepared.values.get(task, _unknown(kind))
+            if value.size == 0:  # no findings
+                value = np.full((1, max(1, value.shape[1])), np.nan, np.float32)
+            array(f"values/{task}", value, value.dtype, value.ndim > 1)
+    array("spacing", np.asarray(prepared.geometry.spacing, np.float32), np.float32, False)
+    array("present", np.asarray(prepared.present, np.uint8), np.uint8, False)
+    for name, text in (("id", case.id), ("group", case.group), ("geometry", prepared.geometry.to_json())):
+        put(name, text.encode())
+    length = sum(map(len, pieces))
+    if length > _LARGEST:
+        raise UserError(
+            f"case {case.id}: {length / 1e9:.2f} GB when prepared, but a record of the store holds 2.1 GB. Choose a "
+            "coarser data.preprocess.spacing, or train without data.store"
+        )
+    head = b"\x0a" + _varint(length)
+    for place in arrays.values():
+        place["at"] += len(head)
+    about = {
+        "id": case.id,
+        "group": case.group,
+        "arrays": arrays,
+        "targets": [task for task in plan.kinds if task in prepared.targets],
+        "points": points,
+        "values": {t: [v.dtype.str, v.shape, _text(v.tobytes())] for t, v in prepared.values.items()},
+        "geometry": prepared.geometry.to_json(),
+        "present": prepared.present,
+        "scale": prepared.scale,
+    }
+    return b"".join((head, *pieces)), about
+
+
+_MASKS = ("mask", "findings")
+
+
+def _mask_dtype(plan: preprocess.Plan, task: str) -> np.dtype:
+    """Type of a task's masks on disk, the same for every case of the dataset."""
+    if plan.kinds[task] == "findings":
+        return np.dtype(np.uint16)
+    largest = max(plan.declared, default=0) if plan.declared else np.iinfo(np.int32).max
+    return np.dtype(next(d for d in (np.uint8, np.uint16, np.int32) if largest <= np.iinfo(d).max))
+
+
+def _unknown(kind: str) -> np.ndarray:
+    """What stands for a target that a case lacks."""
+    if kind == "class":
+        return np.asarray(-1, np.int32)
+    return np.full({"number": (), "vector": (1,), "findings": (1, 1)}[kind], np.nan, np.float32)
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes((*out, number))
+
+
+def _head(name: str, size: int) -> bytes:
+    """What comes before the `size` bytes of a feature that is one byte string."""
+    value = b"\x0a" + _varint(size)
+    values = b"\x0a" + _varint(len(value) + size)
+    return _entry(name, len(values) + len(value) + size) + values + value
+
+
+def _int_feature(name: str, numbers: Sequence[int]) -> bytes:
+    packed = b"".join(map(_varint, numbers))
+    value = b"\x0a" + _varint(len(packed)) + packed
+    values = b"\x1a" + _varint(len(value)) + value
+    return _entry(name, len(values)) + values
+
+
+def _entry(name: str, size: int) -> bytes:
+    """What comes before a feature of `size` bytes in the map of features."""
+    key = b"\x0a" + _varint(len(name.encode())) + name.encode()
+    feature = b"\x12" + _varint(size)
+    return b"\x0a" + _varint(len(key) + len(feature) + size) + key + feature
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _array(dtype: str, shape: Sequence[int], data: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(data), dtype).reshape(shape)
+
+
+# ------------------------------------------------------------------------------------------------ what is there, whole
+
+
+def _file(pool: Path, key: str) -> Path:
+    return pool / key[:2] / f"{key}.array_record"
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _about_if_whole(path: Path) -> dict[str, Any] | None:
+    """What the JSON beside a case says, if it is what was written and the case has the size it should."""
+    try:
+        table = json.loads(path.with_suffix(".json").read_text())
+        if _digest(table["about"].encode()) != table["digest"]:
+            return None
+        about: dict[str, Any] = json.loads(table["about"])
+        return about if path.stat().st_size == about["size"] else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _require_about(path: Path) -> dict[str, Any]:
+    about = _about_if_whole(path)
+    if about is None:
+        raise UserError(f"{path}: missing or damaged; prepare the store again where the sources are")
+    return about
+
+
+@contextlib.contextmanager
+def _said_of(folder: Path) -> Iterator[None]:
+    """What the disk says, as one message."""
+    try:
+        yield
+    except OSError as error:
+        raise _no_room(folder, error.strerror or str(error)) from error
+
+
+def _no_room(folder: Path, reason: str) -> UserError:
+    return UserError(
+        f"{folder}: cannot write the store: {reason}. The finished cases are kept; free some room (or choose another "
+        "data.store) and give the same command again"
+    )
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait: bool) -> Iterator[bool]:
+    """Holds a lock among threads and processes; gives False at once if another has it and `wait` is False.
+
+    A process that dies loses its locks. Where the file system has none, there are none: names are unique and files are
+    renamed into place, so that work may be done twice and nothing worse.
+    """
+    import fcntl
+
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(fd)
+            yield False
+            return
+        except OSError:
+            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(path).st_ino == os.fstat(fd).st_ino:
+                break
+        os.close(fd)  # its holder has just removed it: this was a lock on nothing
+    try:
+        yield True
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(fd)
+
+
+class _Sources:
+    """Digests of source files by content, remembered by path, size, inode and times (the status change time as well,
+    which a program that restores a file's modification time cannot restore)."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock, self._known = path, threading.Lock(), _json_table(path)
+        self._saved = time.monotonic()
+
+    def digest(self, path: Path) -> str:
+        """Of a file, of a header and its image, or of a folder of files."""
+        try:
+            parts = [(file.name, self._file(file)) for file in _files_of(path)]
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}. Correct the path or fetch the file.") from None
+        return parts[0][1] if len(parts) == 1 else _digest(repr(parts).encode())
+
+    def _file(self, path: Path) -> str:
+        name, status = str(path.absolute()), path.stat()
+        mark = [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+        known = self._known.get(name)
+        if known and known[:-1] == mark:
+            return known[-1]
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, functools.partial(hashlib.blake2b, digest_size=20)).hexdigest()
+        with self._lock:
+            self._known[name] = [*mark, digest]
+            if time.monotonic() - self._saved > 10:
+                self._write()
+        return digest
+
+    def save(self) -> None:
+        with self._lock, _said_of(self._path.parent):
+            self._write()
+
+    def _write(self) -> None:
+        self._known = {**_json_table(self._path), **self._known}  # what another process has learnt meanwhile
+        _write_text(self._path, json.dumps(self._known, indent=0))
+        self._saved = time.monotonic()
+
+
+def _json_table(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return table if isinstance(table, dict) else {}
+
+
+def _files_of(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    pair = re.fullmatch(r"(.*)\.(hdr|img)(\.gz)?", path.name, re.IGNORECASE)
+    if pair:
+        return sorted(file for file in path.parent.glob(f"{glob.escape(pair[1])}.*") if file.is_file())
+    return [path]
+
+
+def _plan_key(plan: preprocess.Plan) -> dict[str, Any]:
+    """The part of a plan that a prepared case depends on: the folds of a cohort share their cases."""
+    return {k: v for k, v in json.loads(plan.to_json()).items() if k not in ("median_spacing", "median_shape")}
+
+
+@functools.cache
+def code_version() -> str:
+    """Digest of the code that prepares a case: what `medjax.data.preprocess` imports of medjax, comments apart."""
+    package = Path(__file__).resolve().parents[1]
+    found: dict[str, str] = {}
+    wanted = ["medjax.data.preprocess"]
+    while wanted:
+        module = wanted.pop()
+        base = package.parent.joinpath(*module.split("."))
+        file = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+        if module in found or module in ("medjax", "medjax.errors") or not file.is_file():
+            continue
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "medjax":
+                wanted += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                wanted += [alias.name for alias in node.names if alias.name.split(".")[0] == "medjax"]
+            elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                node.value.value = None  # a docstring
+        found[module] = ast.dump(tree)
+        for source in (*base.glob("*.cc"), *base.glob("*.h")):
+            found[f"{module}/{source.name}"] = source.read_text()
+    return _digest(json.dumps(found, sort_keys=True).encode())
+
+
+# ---------------------------------------------------------------------------------------------------------------- TFDS
+
+
+def _publish(store: Path, name: str, plan: preprocess.Plan, keys: Mapping[str, Sequence[str]]) -> Path:
+    """Makes the TFDS dataset of these splits unless it is there; it never changes afterwards. Returns its folder."""
+    name = re.sub(r"\W+", "_", name).strip("_").lower() or "cohort"
+    text = json.dumps({"splits": keys, "plan": json.loads(plan.to_json())}, indent=1)
+    folder = store / name / _digest(text.encode())[:12] / _VERSION
+    if (folder / "dataset_info.json").exists():
+        return folder
+    beside = folder.parent.with_name(f".{folder.parent.name}.{uuid.uuid4().hex}.part")
+    with _said_of(store):
+        shutil.rmtree(beside, ignore_errors=True)
+        try:
+            (beside / _VERSION).mkdir(parents=True)
+            (beside / _VERSION / "medjax.json").write_text(text)
+            for split, members in keys.items():
+                for number, key in enumerate(members):
+                    link = beside / _VERSION / f"{name}-{split}.array_record-{number:05d}-of-{len(members):05d}"
+                    # Relative to where the folder will be: the store may be moved.
+                    link.symlink_to(Path("../../../cases") / key[:2] / f"{key}.array_record")
+            metadata = _write_metadata(beside / _VERSION, store / "cases", name, plan, keys)
+            if metadata and folder.exists():
+                shutil.rmtree(folder.parent)  # made where TFDS was not installed
+            try:
+                os.replace(beside, folder.parent)
+            except OSError:
+                if not folder.exists():  # made by another process meanwhile: the same
+                    raise
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def _write_metadata(
+    folder: Path, pool: Path, name: str, plan: preprocess.Plan, keys: Mapping[str, Sequence[str]]
+) -> bool:
+    """TFDS's own files of a dataset; False, and a note, where TFDS is not installed."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError:
+        warn_once(f"{folder.parent}: TFDS is not installed, so tfds.load cannot read the store; training can")
+        return False
+    tensor, text = functools.partial(tfds.features.Tensor, encoding="bytes"), tfds.features.Text
+    features: dict[str, Any] = {
+        "id": text(),
+        "group": text(),
+        "geometry": text(doc="medjax.data.preprocess.Geometry as JSON: the way back to the file's grid"),
+        "image": tensor(shape=(None, None, None, len(plan.modalities)), dtype=np.float32),
+        "spacing": tensor(shape=(3,), dtype=np.float32, doc="mm"),
+        "present": tensor(shape=(len(plan.modalities),), dtype=np.uint8, doc="which channels are real"),
+    }
+    for task, kind in plan.kinds.items():
+        features.setdefault("known", {})[task] = tensor(shape=(), dtype=np.uint8, doc="whether there is a target")
+        if kind in _MASKS:
+            masks = features.setdefault("targets", {})
+            masks[task] = tensor(shape=(None, None, None), dtype=_mask_dtype(plan, task), doc="[2, 2, 2]: not known")
+            points = features.setdefault("points", {})
+            points[task] = tensor(shape=(None, 3), dtype=np.int32, doc="some labelled voxels of each value")
+        if kind != "mask":
+            shape = {"class": (), "number": (), "vector": (None,), "findings": (None, None)}[kind]
+            values = features.setdefault("values", {})
+            values[task] = tensor(shape=shape, dtype=np.int32 if kind == "class" else np.float32)
+    splits = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=[1] * len(members),
+            num_bytes=sum(_file(pool, key).stat().st_size for key in members),
+        )
+        for split, members in keys.items()
+    ]
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=tfds.features.FeaturesDict(features),
+        split_infos=splits,
+        version=_VERSION,
+        check_data=False,
+        description=f"Prepared by medjax. Modalities: {', '.join(plan.modalities)}. Labels: {dict(plan.labels)}.",
+    )
+    return True
