@@ -1,20 +1,26 @@
-"""Augmentation: identity when off, each example alone as in the batch, geometry that is what it says."""
+"""The policy: identity when off, each example alone as in any batch, probabilities, configs, named policies."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.ndimage
 
 from medjax import config as config_lib
-from medjax.augment import policy, transforms
-from medjax.ops import warp
+from medjax.augment import policy
+from medjax.augment.base import Draws, Scene
+from medjax.errors import UserError
+from medjax.ops import native
 
-ON = {
+REPO = Path(__file__).resolve().parents[1]
+TABLES = {
     "mirror": (0, 1, 2),
     "affine": {"p": 0.5, "rotate": 20.0, "scale": 0.2},
     "brightness": {"p": 0.5, "std": 0.3},
@@ -22,17 +28,35 @@ ON = {
     "gamma": {"p": 0.5, "low": 0.7, "high": 1.5},
     "noise": {"p": 0.5, "std": 0.2},
 }
+# What each transform needs said; 'mixup' mixes no masks and has tests of its own.
+OPTIONS: dict[str, dict[str, Any]] = {"paint": {"task": "a"}, "mirror": {"swap": ((1, 2),)}}
+EACH = [n for n in policy.TRANSFORMS if n != "mixup"]
 
 
-def batch(n: int = 6, seed: int = 0) -> dict[str, Any]:
+def everything(p: float, names: list[str] = EACH) -> dict[str, Any]:
+    return {"transforms": tuple((n, {"p": p, **OPTIONS.get(n, {})}) for n in names)}
+
+
+def batch(n: int = 6, seed: int = 0, dtype: Any = jnp.float32) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
+    image = rng.normal(size=(n, 10, 8, 6, 2))
+    image[:, 0] = -0.0
     return {
-        "image": jnp.asarray(rng.normal(size=(n, 10, 8, 6, 2)), jnp.float32),
-        "spacing": jnp.tile(jnp.array([1.0, 1.0, 3.0]), (n, 1)),
+        "image": jnp.asarray(image, dtype),
+        "spacing": jnp.asarray(np.where(np.arange(n)[:, None] % 2, [1.0, 1.0, 3.5], [1.0, 1.5, 1.0]), jnp.float32),
+        "modality": jnp.ones((n, 2), bool),
         "example": jnp.arange(100, 100 + n),
         "a/target": jnp.asarray(rng.integers(0, 4, (n, 10, 8, 6)), jnp.uint8),
         "a/mask": jnp.ones(n, bool),
     }
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> None:
+    """Bit for bit, the sign of zero included."""
+    assert a.keys() == b.keys()
+    for key in a:
+        assert a[key].dtype == b[key].dtype
+        assert np.asarray(a[key]).tobytes() == np.asarray(b[key]).tobytes(), key
 
 
 def test_off_is_the_identity() -> None:
@@ -41,92 +65,233 @@ def test_off_is_the_identity() -> None:
     assert augment(data) is data
 
 
-def test_gated_out_is_bit_exact() -> None:
+@pytest.mark.parametrize("way", ["native", "xla"])
+def test_gated_out_is_bit_exact(way: str) -> None:
     # p = 1e-9 compiles every transform and applies none.
-    rules = {k: {**v, "p": 1e-9} for k, v in ON.items() if isinstance(v, dict)}
-    data = batch()
-    out = jax.jit(policy.build({"mirror": (), **rules}, ("a",), 0))(data)
-    for key in data:
-        np.testing.assert_array_equal(out[key], data[key])
+    data = batch(dtype=jnp.bfloat16 if way == "xla" else jnp.float32)
+    if way == "native":
+        out = jax.jit(policy.build(everything(1e-9), ("a",), 0))(data)
+    else:
+        with native.disabled():
+            out = jax.jit(policy.build(everything(1e-9), ("a",), 0))(data)
+    same(out, data)
 
 
-def test_a_batch_equals_its_examples_one_by_one_and_depends_on_the_seed() -> None:
-    augment = jax.jit(policy.build(ON, ("a",), 3))
+def test_an_example_is_the_same_whatever_the_batch_and_depends_on_the_seed() -> None:
+    names = [n for n in EACH if n != "cutmix"]  # which pairs neighbours: see test_augment_transforms.py
+    augment = jax.jit(policy.build(everything(0.5, names), ("a",), 3))
     data = batch()
     whole = augment(data)
     for i in range(6):
         alone = augment({k: v[i : i + 1] for k, v in data.items()})
-        for key in data:
-            np.testing.assert_array_equal(alone[key][0], whole[key][i])
-    other = jax.jit(policy.build(ON, ("a",), 4))(data)
-    assert not np.array_equal(other["image"], whole["image"])
+        same(alone, {k: v[i : i + 1] for k, v in whole.items()})
+    order = np.array([4, 0, 5, 2, 1, 3])
+    same(augment({k: v[order] for k, v in data.items()}), {k: v[order] for k, v in whole.items()})
     # No two examples get the same treatment by accident: the same image under two numbers differs.
-    twin = augment({**data, "image": jnp.stack([data["image"][0]] * 6)})
-    assert len({np.asarray(x).tobytes() for x in twin["image"]}) > 3
+    twin = augment({**data, **{k: jnp.stack([data[k][0]] * 6) for k in ("image", "a/target", "spacing")}})
+    assert len({np.asarray(x).tobytes() for x in twin["image"]}) == 6
+    other = jax.jit(policy.build(TABLES, ("a",), 4))
+    assert not np.array_equal(other(data)["image"], jax.jit(policy.build(TABLES, ("a",), 5))(data)["image"])
 
 
-def test_mirror_flips_image_and_mask_together_half_of_the_time() -> None:
-    image = jnp.arange(24.0).reshape(2, 3, 4, 1)
-    mask = jnp.arange(24).reshape(2, 3, 4)
-    seen = []
-    flip = jax.jit(lambda key: transforms.mirror(key, [image, mask], (0,)))
-    for i in range(200):
-        a, b = flip(jax.random.key(i))
-        np.testing.assert_array_equal(np.asarray(a)[..., 0], np.asarray(b))
-        seen.append(not np.array_equal(a, image))
-        np.testing.assert_array_equal(a, image[::-1] if seen[-1] else image)
-    assert 70 < sum(seen) < 130
+def test_half_precision_stays_finite_and_keeps_its_type() -> None:
+    names = [n for n in EACH if n != "paint"]
+    data = batch(dtype=jnp.float16)
+    data["image"] = data["image"] * 100 + 3000  # far from normalised: squares overflow
+    out = jax.jit(policy.build(everything(1.0, names), ("a",), 0))(data)
+    assert out["image"].dtype == jnp.float16
+    assert np.isfinite(np.asarray(out["image"], np.float32)).all()
+    assert set(np.unique(out["a/target"])) <= {0, 1, 2, 3}
 
 
-def test_affine_turns_millimetres_not_voxels(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A rod along x of 40 mm, turned by 90 degrees about z in a grid of 1 × 2 × 1 mm, becomes a rod along y of 40 mm:
-    # half as many voxels long.
-    image = jnp.zeros((61, 61, 3, 1)).at[10:51, 29:32].set(1.0)
-    spacing = jnp.array([1.0, 2.0, 1.0])
-
-    def draw(key: Any, shape: tuple = (), *, minval: float, maxval: float) -> Any:
-        """Angles 0, 0, 90 degrees and the scale 1."""
-        return jnp.array([0.0, 0.0, 90.0]) if shape == (3,) else jnp.asarray((minval + maxval) / 2)
-
-    monkeypatch.setattr(jax.random, "uniform", draw)
-    out, (mask,) = transforms.affine(jax.random.key(0), image, [image[..., 0]], spacing, 90.0, 0.2)
-    where = np.argwhere(np.asarray(out[..., 1, 0]) > 0.5)
-    extent = (where.max(0) - where.min(0)) * np.array([1.0, 2.0])
-    assert abs(extent[1] - 40) <= 2
-    assert extent[0] <= 6
-    clear = np.abs(np.asarray(out[..., 0]) - 0.5) > 0.1  # away from ties between two voxels
-    np.testing.assert_array_equal(np.asarray(mask)[clear] > 0.5, np.asarray(out[..., 0])[clear] > 0.5)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_warps_equal_scipy(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    volume = rng.normal(size=(7, 6, 5, 2)).astype(np.float32)
-    labels = rng.integers(0, 5, (7, 6, 5))
-    at = rng.uniform(0, 4, (4, 4, 4, 3)).astype(np.float32)
-    got = warp.sample_linear(jnp.asarray(volume), jnp.asarray(at))
-    for c in range(2):
-        want = scipy.ndimage.map_coordinates(volume[..., c], np.moveaxis(at, -1, 0), order=1)
-        np.testing.assert_allclose(got[..., c], want, atol=1e-5)
-    nearest = warp.sample_nearest(jnp.asarray(labels), jnp.asarray(at))
-    np.testing.assert_array_equal(nearest, scipy.ndimage.map_coordinates(labels, np.moveaxis(at, -1, 0), order=0))
-    outside = jnp.array([[-1.5, 0, 0], [0, 6.5, 0], [0, 0, 99.0]])
-    assert not np.any(warp.sample_linear(jnp.asarray(volume), outside))
-    assert not np.any(warp.sample_nearest(jnp.asarray(labels), outside))
+def test_several_devices_augment_as_one() -> None:
+    code = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, PartitionSpec
+from medjax.augment import policy
+from tests.test_augment import batch, same
+data = batch(8)
+augment = policy.build({"transforms": (("nnunet", {}), ("elastic", {"p": .5}), ("cutmix", {"p": .8}))}, ("a",), 0)
+mesh, rows = Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data")
+split = jax.jit(jax.shard_map(augment, mesh=mesh, in_specs=rows, out_specs=rows))(data)
+same(jax.jit(augment)(data), split)
+assert len(jax.devices()) == 2 and not np.array_equal(split["image"], data["image"])
+print("the same")
+"""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, env={**os.environ, **flags}
+    )
+    assert done.stdout.strip() == "the same", done.stderr[-3000:]
 
 
-def test_intensity_transforms_keep_what_they_promise() -> None:
-    image = batch(1)["image"][0]
-    key = jax.random.key(5)
-    bright = transforms.brightness(key, image, 0.5) - image
-    assert np.ptp(np.asarray(bright), axis=(0, 1, 2)).max() < 1e-5  # one constant a channel
-    stretched = transforms.contrast(key, image, 0.5, 0.5)
-    np.testing.assert_allclose(stretched.mean((0, 1, 2)), image.mean((0, 1, 2)), atol=1e-5)
-    np.testing.assert_allclose(stretched.std((0, 1, 2)), 0.5 * image.std((0, 1, 2)), rtol=1e-4)
-    curved = transforms.gamma(key, image, 0.5, 2.0)
-    np.testing.assert_allclose(curved.mean((0, 1, 2)), image.mean((0, 1, 2)), atol=1e-4)
-    np.testing.assert_allclose(curved.std((0, 1, 2)), image.std((0, 1, 2)), rtol=1e-3)
-    order = np.argsort(np.asarray(image)[..., 0].ravel())
-    assert np.all(np.diff(np.asarray(curved)[..., 0].ravel()[order]) >= -1e-6)  # monotone
-    flat = jnp.full_like(image, 2.0)
-    np.testing.assert_allclose(transforms.gamma(key, flat, 0.5, 2.0), flat, atol=1e-5)
+def test_masks_move_alike_and_other_targets_stay() -> None:
+    rng = np.random.default_rng(0)
+    data = batch()
+    data |= {
+        "b/target": data["a/target"].astype(jnp.int32) * 1000,
+        "distance/target": jnp.asarray(rng.normal(size=(6, 10, 8, 6)), jnp.float32),
+        "grade/target": jnp.arange(6),
+        "age/target": jnp.asarray(rng.normal(size=(6, 3)), jnp.float32),
+        "nodule/target": data["a/target"],
+        "nodule/table": jnp.asarray(rng.normal(size=(6, 4, 7)), jnp.float32),
+    }
+    rules = {"transforms": (("mirror", {}), ("rotate", {}), ("elastic", {"std": 3.0}), ("shift", {}))}
+    tasks = ("a", "b", "distance", "grade", "age", "nodule")
+    out = jax.jit(policy.build(rules, tasks, 0))(data)
+    for key in ("grade/target", "age/target", "nodule/table"):
+        np.testing.assert_array_equal(out[key], data[key])
+    assert not np.array_equal(out["a/target"], data["a/target"])
+    np.testing.assert_array_equal(out["b/target"], out["a/target"].astype(jnp.int32) * 1000)
+    np.testing.assert_array_equal(out["nodule/target"], out["a/target"])
+    alone = jax.jit(policy.build(rules, ("a",), 0))({**data, "image": data["distance/target"][..., None]})
+    np.testing.assert_allclose(out["distance/target"], alone["image"][..., 0], atol=1e-6)
+
+
+def plans(transform: Any, n: int = 4000, spacing: tuple = (1.0, 1.0, 1.0), channels: int = 4) -> Any:
+    """What `n` examples draw."""
+    scene = Scene((16, 16, 16), channels, jnp.asarray(spacing, jnp.float32), jnp.ones(channels, bool))
+    many = policy._numbers([transform], scene.shape, channels)
+    rows = jax.random.uniform(jax.random.key(0), (n, many))
+    return jax.jit(jax.vmap(lambda row: transform.plan(Draws(row), scene)))(rows)
+
+
+def test_nnunet_has_the_published_probabilities_and_ranges() -> None:
+    transforms, labels = policy.parse({"policy": "nnunet"})
+    assert labels == "linear"
+    assert [t.name for t in transforms] == [
+        "mirror", "rotate", "scale", "noise", "blur", "multiply", "contrast", "low_resolution", "gamma", "gamma",
+    ]  # fmt: skip
+    mirror, rotate, scale, noise, blur, multiply, contrast, coarse, inverted, gamma = map(plans, transforms)
+
+    def about(gate: Any, p: float) -> None:
+        assert abs(np.asarray(gate).mean() - p) < 4 * np.sqrt(p * (1 - p) / np.size(gate)) + 1e-3
+
+    for axis in range(3):
+        about(mirror.flipped[:, axis], 0.5)
+    about(rotate.on, 0.2)
+    about(scale.on, 0.2)
+    turned = np.asarray(rotate.matrix)[np.asarray(rotate.on)]
+    # Rx Ry Rz has sin(b) at [0, 2]; the other angles follow.
+    b = np.degrees(np.arcsin(turned[:, 0, 2]))
+    assert 28 < b.max() <= 30.001
+    assert -30.001 <= b.min() < -28
+    np.testing.assert_allclose(np.linalg.det(turned), 1, atol=1e-5)
+    steps = np.asarray(scale.matrix)[np.asarray(scale.on)][:, 0, 0]  # of the sampling coordinates
+    assert 0.7 <= steps.min() < 0.72
+    assert 1.38 < steps.max() <= 1.4
+    assert abs(steps.mean() - 1.05) < 0.03
+    about(np.asarray(noise[0]).any(1), 0.1)
+    variance = np.asarray(noise[1]) ** 2
+    assert variance.max() <= 0.1 + 1e-6
+    assert abs(variance.mean() - 0.05) < 0.002
+    about(np.asarray(blur[0]), 0.2 * 0.5)
+    about(np.asarray(blur[0]).any(1), 0.2 * (1 - 0.5**4))
+    about(np.asarray(multiply[0]).all(1), 0.15)
+    about(np.asarray(contrast[0]).all(1), 0.15)
+    about(np.asarray(coarse[0]), 0.25 * 0.5)
+    about(np.asarray(inverted[0]).all(1), 0.1)
+    about(np.asarray(gamma[0]).all(1), 0.3)
+    for values, low, high in ((multiply[1], 0.75, 1.25), (contrast[1], 0.75, 1.25), (gamma[1], 0.7, 1.5)):
+        values = np.asarray(values)
+        assert low <= values.min() < low + 0.01
+        assert high - 0.01 < values.max() <= high
+        about(values < 1, 0.5)
+    assert (transforms[-2].invert, transforms[-1].invert) == (True, False)  # type: ignore[attr-defined]
+    assert transforms[6].keep_range  # type: ignore[attr-defined]
+
+
+def test_thick_slices_are_turned_in_their_plane() -> None:
+    transforms, _ = policy.parse({"policy": "nnunet"})
+    rotate, scale = (plans(t, 500, (0.8, 0.8, 5.0)) for t in transforms[1:3])
+    eye = np.eye(3)
+    for made in (rotate, scale):
+        matrix = np.asarray(made.matrix)
+        np.testing.assert_array_equal(matrix[:, 2], np.broadcast_to(eye[2], matrix[:, 2].shape))
+        np.testing.assert_array_equal(matrix[:, :, 2], np.broadcast_to(eye[2], matrix[:, 2].shape))
+    cosine = np.asarray(rotate.matrix)[:, 0, 0]
+    assert cosine.min() < -0.99  # any angle
+    coarse = plans(transforms[7], 50, (0.8, 0.8, 5.0))
+    identity = np.broadcast_to(np.arange(16), np.asarray(coarse[1][2].source)[..., 0].shape)
+    np.testing.assert_array_equal(np.asarray(coarse[1][2].source)[..., 0], identity)
+    assert not np.array_equal(np.asarray(coarse[1][0].source)[..., 0], identity)
+    # A ratio of 3 is not above 3.
+    assert not np.allclose(np.asarray(plans(transforms[1], 50, (1.0, 1.0, 3.0)).matrix)[:, 2], eye[2])
+
+
+def test_synthseg_paints_label_maps() -> None:
+    rng = np.random.default_rng(0)
+    data = batch(4)
+    blocks = np.kron(rng.integers(0, 4, (4, 5, 4, 3)), np.ones((1, 2, 2, 2)))
+    data["a/target"] = jnp.asarray(blocks, jnp.uint8)
+    augment = jax.jit(policy.build({"policy": "synthseg"}, ("a",), 0))
+    out = augment(data)
+    assert set(np.unique(out["a/target"])) <= {0, 1, 2, 3}
+    image = np.asarray(out["image"])
+    np.testing.assert_allclose(image.mean((1, 2, 3)), 0, atol=1e-5)
+    np.testing.assert_allclose(image.std((1, 2, 3)), 1, atol=1e-4)
+    # The image that came in does not matter; the example's number does.
+    np.testing.assert_array_equal(augment({**data, "image": data["image"] * 7 + 1})["image"], image)
+    assert not np.allclose(augment({**data, "example": data["example"] + 50})["image"], image)
+    # An example without a label map keeps its image: it is deformed, not painted.
+    kept = augment({**data, "a/mask": jnp.array([True, False, True, True])})["image"]
+    np.testing.assert_array_equal(np.asarray(kept)[[0, 2, 3]], image[[0, 2, 3]])
+    assert not np.array_equal(kept[1], image[1])
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ({"mirror": (0, 3)}, ["augment.mirror", "axes are 0, 1 and 2"]),
+        ({"policy": "nnunett"}, ["augment.policy", "nnunett", "did you mean 'nnunet'"]),
+        ({"transforms": (("elastc", {}),)}, ["augment.transforms[0]", "did you mean 'elastic'"]),
+        ({"transforms": (("blur", {}), ("noise", {"sdt": 1.0}))}, ["transforms[1].noise", "did you mean 'std'"]),
+        ({"transforms": (("nnunet", {"miror": ()}),)}, ["transforms[0].nnunet", "did you mean 'mirror'"]),
+        ({"transforms": (("blur", {"sigma": (2.0, 1.0)}),)}, ["blur.sigma=(2.0, 1.0)", "lowest value comes first"]),
+        ({"transforms": (("blur", {"p": 2}),)}, ["blur.p=2", "between 0 and 1"]),
+        ({"transforms": (("blur", {"unit": "cm"}),)}, ["blur.unit='cm'", "'mm'"]),
+        ({"transforms": (("rotate", {"degrees": "30"}),)}, ["rotate.degrees='30'", "number"]),
+        ({"transforms": (("elastic", {"points": 3}),)}, ["elastic.points=3", "4 control points"]),
+        ({"transforms": (("blur", 0.2),)}, ["transforms[0]", "table"]),
+        ({"transforms": (3,)}, ["transforms[0]=3", "(name, options)"]),
+        ({"policy": "nnunet", "noise": {"p": 0.1, "std": 0.1}}, ["augment.noise.p", "augment.policy"]),
+        ({"policy": "nnunet", "transforms": ("blur",)}, ["augment.policy", "one of the two"]),
+        ({"transforms": ("blur",), "mirror": (0,)}, ["augment.mirror", "('mirror', {...})"]),
+        ({"label_interpolation": "cubic"}, ["label_interpolation", "cubic", "nearest"]),
+        ({"swap": ((1, 2),)}, ["augment.swap", "augment.mirror"]),
+        ({"mirror": (0,), "swap": (1, 2)}, ["augment.swap", "pairs"]),
+        ({"gamma": {"p": 0.5, "low": 2.0, "high": 1.0}}, ["augment.gamma", "lowest value comes first"]),
+    ],
+)
+def test_what_a_config_cannot_mean_is_refused(rules: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        policy.build(rules, ("a",), 0)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_config_by_the_command_line_and_back_from_json() -> None:
+    config = config_lib.defaults()
+    config_lib._assign(config, "augment.transforms", "(('nnunet', {'mirror': (0,)}), ('cutout', {'p': 0.5}))")
+    found, labels = policy.parse(config.augment)
+    assert [t.name for t in found][-2:] == ["gamma", "cutout"]
+    assert labels == "linear"
+    assert found[0].axes == (0,)  # type: ignore[attr-defined]
+    back = config_lib.from_json(config_lib.to_json(config))
+    assert policy.parse(back.augment)[0] == found
+    # Tables, and a policy whose mirrored axes and label pairs are the config's.
+    config = config_lib.defaults()
+    config.augment.mirror, config.augment.gamma.p = (0, 1), 0.3
+    assert [t.name for t in policy.parse(config.augment)[0]] == ["mirror", "gamma"]
+    config = config_lib.defaults()
+    config.augment.policy, config.augment.mirror, config.augment.swap = "nnunet", (0,), ((1, 2),)
+    first = policy.parse(config.augment)[0][0]
+    assert (first.axes, first.swap) == ((0,), ((1, 2),))  # type: ignore[attr-defined]
+    config.augment.label_interpolation = "nearest"
+    assert policy.parse(config.augment)[1] == "nearest"
+
+
+def test_spatial_neighbours_are_one_interpolation() -> None:
+    names = ("mirror", "rotate", "elastic", "blur", "scale", "elastic", "elastic", "shift")
+    found, _ = policy.parse({"transforms": names})
+    assert policy._groups(found) == [[0, 1, 2], [3], [4, 5], [6, 7]]

@@ -18,7 +18,17 @@ from pathlib import Path
 from medjax.ops.native.cpus import usable_cpus
 
 _HERE = Path(__file__).resolve().parent
-_SOURCES = ("team.cc", "conv3d.cc", "depthwise.cc", "winograd.cc", "norm.cc")
+_SOURCES = (
+    "team.cc",
+    "conv3d.cc",
+    "depthwise.cc",
+    "winograd.cc",
+    "norm.cc",
+    "warp.cc",
+    "separable.cc",
+    "tone.cc",
+    "normal.cc",
+)
 _HEADERS = ("team.h", "conv3d.h", "element.h")
 _RUNTIME_WHEEL, _HEADER_WHEEL = "onednn-cpu-gomp", "onednn-devel-cpu-gomp"
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-fPIC", "-fopenmp", "-w")
