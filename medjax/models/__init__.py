@@ -9,7 +9,19 @@ from typing import Any
 from medjax.errors import UserError
 
 # name in a config -> (file, class)
-BACKBONES = {"unet": ("unet", "UNet")}
+BACKBONES = {
+    "unet": ("unet", "UNet"),
+    "nnunet": ("nnunet", "NNUNet"),
+    "resenc": ("nnunet", "ResEncUNet"),
+    "resnet": ("resnet", "ResNet"),
+    "densenet": ("densenet", "DenseNet"),
+    "inception": ("inception", "Inception"),
+    "mednext": ("mednext", "MedNeXt"),
+    "vit": ("vit", "ViT"),
+    "unetr": ("vit", "UNETR"),
+    "swin": ("swin", "Swin"),
+    "swin_unetr": ("swin", "SwinUNETR"),
+}
 
 
 def _class(name: str) -> Any:
