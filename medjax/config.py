@@ -22,7 +22,10 @@ from ml_collections import ConfigDict, FieldReference, config_dict
 from medjax.errors import UserError
 
 # Nodes whose keys are the user's own: the names of tasks, of modalities, of labels.
-OPEN = re.compile(r"(tasks|tasks\.[^.]+\.regions|data\.(images|targets|labels|options|preprocess\.normalize))")
+OPEN = re.compile(
+    r"tasks|tasks\.[^.]+\.regions"
+    r"|data\.(images|targets|labels|classes|options|preprocess\.normalize|sampling\.classes)"
+)
 
 # Where the options of a chosen kind live: path of the node -> key that names the kind.
 KINDS = {"model": "name", "tasks.*": "type"}
@@ -35,32 +38,53 @@ def defaults() -> ConfigDict:
     c.seed = 0
 
     c.data = ConfigDict()
-    c.data.cohort = ""  # folder with dataset.json (MSD), a manifest (.csv, .json), or 'synthetic_brain'
+    c.data.cohort = ""  # a folder, a manifest (.csv, .json), or 'synthetic_brain'; docs/bring_your_own_data.md
+    c.data.layout = ""  # nnunet, msd, bids, manifest, folder; empty: told by what is there
     c.data.options = ConfigDict()  # arguments of the generator, for a synthetic cohort
-    c.data.images = ConfigDict()  # manifest: modality -> column
-    c.data.modalities = ()  # manifest: order of the channels; empty: by name
-    c.data.targets = ConfigDict()  # manifest: task -> column
-    c.data.labels = ConfigDict()  # manifest: label name -> value in the mask
-    c.data.id = "id"  # manifest: column of the case's name
-    c.data.group = ""  # patient, which no split cuts through: a manifest's column, or a regex for a folder's case ids
-    c.data.split = ConfigDict({"file": "", "column": "", "folds": 0, "fold": 0, "test": 0.0})
+    c.data.images = ConfigDict()  # modality -> manifest's column, pattern '{case}/t1.nii.gz', or BIDS name 'T1w'
+    c.data.modalities = ()  # order of the channels; empty: the source's own, else by name
+    c.data.targets = ConfigDict()  # task -> column, columns (a vector), pattern, BIDS name, table of findings; 'label'
+    c.data.classes = ConfigDict()  # task -> class names in order, for columns of words
+    c.data.labels = ConfigDict()  # label name -> value in the mask; nnU-Net's and the Decathlon's dataset.json has them
+    c.data.findings = ConfigDict({"id": "", "coordinates": "RAS", "unlisted": "unknown"})  # medjax/data/tables.py
+    c.data.table = ""  # table joined to a folder's cases: its columns become attributes, and may be targets
+    c.data.id = "id"  # column of the case's name; for patterns also a template, such as '{patient}-{frame}'
+    c.data.group = ""  # patient, which no split cuts through: a column, a template, or a regex for case ids
+    c.data.exclude = ()  # ids or patients that are left out
+    c.data.split = ConfigDict({"file": "", "column": "", "folds": 0, "fold": 0, "test": 0.0, "stratify": ""})
     c.data.preprocess = ConfigDict(
         {
             "orientation": "RAS",
             "spacing": None,  # mm along (x, y, z), 'median' of the training cases, or None: each file's own
+            "order": 3,  # images by cubic B-spline, or 1: linearly
+            "anisotropy": 0.0,  # slices are resampled on their own where voxels are longer than this ratio; nnU-Net: 3
             "crop": None,  # or 'nonzero'
+            "enhance": (),  # steps before: 'n4', 'nlm', 'median', 'clahe', 'nyul', 'window:lung', 'body', or tables
             "normalize": "zscore",  # or a table by modality: zscore, zscore_nonzero, ct, percentile, none
             "nonfinite": "error",  # or 'zero': read NaN and Inf as 0, and say how many
             "missing": "error",  # or 'zero': let a case lack modalities
         }
     )
+    c.data.store = ""  # folder of the prepared store, made if need be; empty: prepared cases stay in memory
     c.data.workers = 0  # threads that read and prepare; 0: one a usable CPU
     c.data.foreground = 0.5  # share of examples whose patch is centred on labelled tissue
+    c.data.sampling = ConfigDict(
+        {
+            "classes": "present",  # any class a case has; 'balanced': each equally often over time; {label: weight}
+            "balance": "",  # attribute of the cases (site, sex...) whose values are taken equally often
+            "weight": "",  # attribute that says how often a case is taken, relative to the others
+        }
+    )
     c.data.patch = (64, 64, 64)
+    c.data.buckets = 0  # whole volumes in place of patches, padded to so many shapes (compilations); 0: patches
     c.data.batch_size = 2  # examples of one optimizer step, over all devices and accumulation rounds
 
     c.augment = ConfigDict()
     c.augment.mirror = ()  # axes flipped with p ½: 0 left/right, 1 posterior/anterior, 2 inferior/superior
+    c.augment.swap = ()  # label values that trade places where axis 0 is flipped: ((left, right), ...)
+    c.augment.label_interpolation = "auto"  # of warped masks: 'nearest', 'linear', or as the policy has it
+    c.augment.policy = ""  # 'nnunet' or 'synthseg', instead of the tables below; docs/augmentation.md
+    c.augment.transforms = ()  # or a list in your own order: (("rotate", {"p": 0.2, "degrees": 30.0}), ...)
     c.augment.affine = ConfigDict({"p": 0.0, "rotate": 15.0, "scale": 0.15})  # degrees; relative
     c.augment.brightness = ConfigDict({"p": 0.0, "std": 0.2})
     c.augment.contrast = ConfigDict({"p": 0.0, "low": 0.75, "high": 1.25})
@@ -81,6 +105,7 @@ def defaults() -> ConfigDict:
     c.optim.warmup = "0 steps"
     c.optim.clip = 12.0  # global gradient norm; 0: off
     c.optim.accumulate = 1  # rounds a batch is cut into
+    c.optim.balance = "fixed"  # of several tasks: their weights as given, or 'uncertainty': trained beside them
     c.optim.ema = 0.0  # decay of the averaged weights; 0: off
     # (regex, {'lr': factor, 'decay': factor}): the first that matches a parameter's path rules it; lr 0 freezes it.
     c.optim.rules = ((r".*/kernel", {"lr": 1.0, "decay": 1.0}), (r".*", {"lr": 1.0, "decay": 0.0}))

@@ -6,8 +6,6 @@ input's own grid, and overlays of the worst, the median and the best case.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import shlex
 import sys
@@ -24,30 +22,42 @@ from medjax.data import cohort as cohorts
 from medjax.data import dataset, nifti, preprocess
 from medjax.errors import UserError, write_atomic
 from medjax.logging import Progress, say
-from medjax.metrics import segmentation as metrics
-from medjax.metrics import stats
-from medjax.predict import Predictor, Run, output_files, read_ahead, read_case, write
-
-COLUMNS = ("case", "group", "class", "dice", "hd95", "nsd", "volume_ml", "reference_ml", "volume_error_ml", "empty")
+from medjax.predict import Predictor, Run, output_files, read_ahead, read_case, write, write_table
 
 
-def quick_dice(predictor: Predictor, params: Any, cases: Sequence[preprocess.Prepared]) -> dict[str, float]:
-    """Dice of prepared cases on their own grid: {'dice': mean over classes, 'dice/<class>': mean over cases}."""
-    found: dict[str, list[float]] = {}
-    for case in cases:
+def quick_scores(predictor: Predictor, params: Any, cases: Sequence[preprocess.Prepared]) -> dict[str, float]:
+    """Scores of prepared cases on their own grid, while training.
+
+    Returns:
+      'score', by which checkpoints are compared: the mean of the tasks' own (of masks, Dice); and what it is made of:
+      '<metric>' and '<metric>/<class>' of one task, with '<task>/' before it of several.
+    """
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in predictor.tasks}
+    for number, case in enumerate(cases):
         probabilities = predictor(params, case.image)
         for name, task in predictor.tasks.items():
-            if name in case.targets:
-                decoded, reference = task.decode(probabilities[name]), case.targets[name]
-                for i, (label, values) in enumerate(task.classes.items()):
-                    mask = decoded[..., i] if decoded.ndim == 4 else np.isin(decoded, values)
-                    key = label if len(predictor.tasks) == 1 else f"{name}/{label}"
-                    found.setdefault(key, []).append(metrics.dice(mask, np.isin(reference, values)))
-    means = {k: float(np.nanmean(v)) for k, v in found.items() if not np.all(np.isnan(v))}
-    return {
-        "dice": float(np.mean(list(means.values()))) if means else 0.0,
-        **{f"dice/{k}": v for k, v in means.items()},
-    }
+            value = (case.targets if task.kind == "dense" else case.values).get(name)
+            if value is None:
+                continue
+            # Masks stay on the prepared grid; findings are compared in world millimetres.
+            geometry = None if task.kind == "dense" else case.geometry
+            decoded, reference = task.decode(probabilities[name], geometry), task.reference(value, geometry)
+            found = task.score(decoded, reference, case.geometry.spacing)
+            rows[name] += [{"case": number, "group": number, **row} for row in found]
+    scores: dict[str, float] = {}
+    selected = []
+    for name, task in predictor.tasks.items():
+        if not rows[name]:
+            continue
+        summary = task.summarize(rows[name])
+        selected.append(task.selection(summary))
+        lead = "" if len(predictor.tasks) == 1 else f"{name}/"
+        for metric, value in summary.items():
+            if value["mean"] is not None:
+                scores[f"{lead}{metric}"] = value["mean"]
+            each = {k: v["mean"] for k, v in value["per_class"].items() if v["mean"] is not None}
+            scores |= {f"{lead}{metric}/{label}": mean for label, mean in each.items()}
+    return {"score": float(np.mean(selected)) if selected else 0.0} | scores
 
 
 def evaluate(workdir: Path, config: ConfigDict) -> None:
@@ -56,7 +66,7 @@ def evaluate(workdir: Path, config: ConfigDict) -> None:
     What the network is comes from the checkpoint; how it is evaluated (`config.eval`) and on which data from `config`.
     """
     run = Run(workdir, eval_options=config.eval)
-    cohort = dataset.open_cohort(config.data, next(iter(config.tasks)))
+    cohort = dataset.open_cohort(config.data, config.tasks)
     if dict(cohort.labels) != dict(run.labels):
         raise UserError(
             f"{workdir}: the run was trained on labels {dict(run.labels)}, "
@@ -81,37 +91,53 @@ def evaluate_split(run: Run, split: str, cases: Sequence[cohorts.Case], folder: 
     options = run.config.eval
     folder.mkdir(parents=True, exist_ok=True)
     predictor = run.predictor([run.plan.prepared_shape(case) for case in cases])
-    rows: list[dict[str, Any]] = []
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in run.tasks}
     progress = Progress(f"evaluating {split}", len(cases))
+    tables: dict[str, list[dict[str, Any]]] = {name: [] for name, task in run.tasks.items() if task.kind != "dense"}
     for number, (case, load) in enumerate(read_ahead(cases, run.plan), 1):
         prepared, like = load()
         probabilities = predictor(run.params, prepared.image)
         outputs = output_files(run, folder / "predictions", case.id)
         for name, task in run.tasks.items():
             decoded = task.decode(probabilities[name], prepared.geometry)
-            if options.predictions:
+            if task.kind != "dense":
+                tables[name] += [{"case": case.id, **row} for row in task.table(decoded)]
+            elif options.predictions:
                 write(task, decoded, like, outputs[name])
             if name not in case.targets:
                 continue
-            reference = nifti.read_label(str(case.targets[name]))
-            for row in task.score(decoded, reference.data, reference.spacing):
-                label = row["class"] if len(run.tasks) == 1 else f"{name}/{row['class']}"
-                rows.append({"case": case.id, "group": case.group, **row, "class": label})
+            if task.kind == "dense":
+                mask = nifti.read_label(str(case.targets[name]))
+                found = task.score(decoded, mask.data, mask.spacing)
+            else:
+                reference = task.reference(prepared.values[name], prepared.geometry)
+                found = task.score(decoded, reference, prepared.geometry.spacing)
+            rows[name] += [{"case": case.id, "group": case.group, **row} for row in found]
         progress.update(number, case.id)
     progress.close()
-    if not rows:
+    for name, found in tables.items():
+        if options.predictions:
+            (folder / "predictions").mkdir(exist_ok=True)
+            write_table(found, folder / "predictions" / f"{name}.csv")
+    if not any(rows.values()):
         say(f"{split}: {len(cases)} cases predicted; none has a reference to score against")
         return {}
+    several = len(run.tasks) > 1
+    metrics: dict[str, Any] = {}
+    for name, task in run.tasks.items():
+        if rows[name]:
+            metrics |= {f"{name}/{k}" if several else k: v for k, v in task.summarize(rows[name]).items()}
+    every = [{"case": r["case"], "group": r["group"], "task": name, **r} for name, v in rows.items() for r in v]
     summary = {
         "split": split,
-        "n_cases": len({row["case"] for row in rows}),
-        "metrics": stats.summarize(rows),
+        "n_cases": len({row["case"] for row in every}),
+        "metrics": metrics,
         "checkpoint": {"step": run.step, "kind": run.kind},
         "command": shlex.join(["python", "-m", "medjax.main", *sys.argv[1:]]),
         "versions": report.versions(),
         "seconds": round(time.perf_counter() - began, 2),
     }
-    write_atomic(folder / "cases.csv", table(rows))
+    write_table(every, folder / "cases.csv")
     write_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     if options.pictures:
         draw(run, predictor, cases, rows, folder)
@@ -119,26 +145,21 @@ def evaluate_split(run: Run, split: str, cases: Sequence[cohorts.Case], folder: 
     return summary
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as CSV; a metric that does not count for a case is empty."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        plain = {k: (f"{v:.6g}" if np.isfinite(v) else "") if isinstance(v, float) else v for k, v in row.items()}
-        writer.writerow(plain)
-    return out.getvalue()
-
-
 def draw(
-    run: Run, predictor: Predictor, cases: Sequence[cohorts.Case], rows: Sequence[Mapping[str, Any]], folder: Path
+    run: Run,
+    predictor: Predictor,
+    cases: Sequence[cohorts.Case],
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    folder: Path,
 ) -> None:
-    """Overlays of the worst, median and best case by mean Dice, on the prepared grid."""
+    """Overlays of the worst, median and best case by mean Dice over the masks, on the prepared grid."""
     from medjax import pictures
 
+    dense = {name: task for name, task in run.tasks.items() if task.kind == "dense"}
     scores: dict[str, list[float]] = {}
-    for row in rows:
-        scores.setdefault(row["case"], []).append(row["dice"])
+    for name in dense:
+        for row in rows[name]:
+            scores.setdefault(row["case"], []).append(row["dice"])
     means = {case: float(np.nanmean(v)) for case, v in scores.items() if not np.all(np.isnan(v))}
     ranked = sorted(means, key=lambda case: (means[case], case))
     if not ranked:
@@ -148,10 +169,10 @@ def draw(
     for rank, case_id in {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}.items():
         prepared = read_case(by_id[case_id], run.plan)[0]
         probabilities = predictor(run.params, prepared.image)
-        for name, task in run.tasks.items():
+        for name, task in dense.items():
             if name not in prepared.targets:
                 continue
-            suffix = "" if len(run.tasks) == 1 else f"_{name}"
+            suffix = "" if len(dense) == 1 else f"_{name}"
             # What normalisation left at exactly 0 is outside the body: black, not mid-grey.
             image = prepared.image[..., channel]
             reference, prediction, names = drawable(task, prepared.targets[name], task.decode(probabilities[name]))
@@ -187,19 +208,34 @@ def shown_channel(modalities: Sequence[str]) -> int:
     return next((names.index(name) for name in wanted if name in names), 0)
 
 
+_SHOWN = 3  # metrics of a task at the terminal; all are in summary.json
+_NAMES = {"dice": "Dice", "hd95": "HD95 mm", "nsd": "NSD"}
+
+
 def say_summary(summary: Mapping[str, Any], folder: Path) -> None:
-    """The table at the terminal."""
-    found = summary["metrics"]
-    say(f"\n{summary['split']}: {summary['n_cases']} cases, mean with 95 % interval over cases ({folder})")
-    width = max(len("mean"), *(len(name) for name in found["dice"]["per_class"]))
-    say(f"  {'':{width}}  {'Dice':24}{'HD95 mm':24}NSD")
-    lines = {**found["dice"]["per_class"], "mean": None}
-    for name in lines:
-        cells = []
-        for metric in ("dice", "hd95", "nsd"):
-            value = found[metric] if name == "mean" else found[metric]["per_class"][name]
-            digits = 2 if metric == "hd95" else 3
-            low, high = value["ci95"]
-            text = "-" if value["mean"] is None else f"{value['mean']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-            cells.append(f"{text:24}")
-        say(f"  {name:{width}}  {''.join(cells)}".rstrip())
+    """The table of each task at the terminal."""
+    by_task: dict[str, dict[str, Any]] = {}
+    for key, value in summary["metrics"].items():
+        task, _, metric = key.rpartition("/")
+        by_task.setdefault(task, {})[metric] = value
+    say(f"\n{summary['split']}: {summary['n_cases']} cases, mean with 95 % interval over patients ({folder})")
+    for task, metrics in by_task.items():
+        shown = list(metrics)[:_SHOWN]
+        lines = list(dict.fromkeys(label for metric in shown for label in metrics[metric]["per_class"]))
+        width = max(len(name) for name in ("mean", task, *lines))
+        say(f"  {task:{width}}  {''.join(f'{_NAMES.get(metric, metric):24}' for metric in shown)}".rstrip())
+        for name in [*lines, "mean"]:
+            cells = []
+            for metric in shown:
+                value = metrics[metric] if name == "mean" else metrics[metric]["per_class"].get(name)
+                cells.append(f"{_with_interval(value):24}")
+            say(f"  {name:{width}}  {''.join(cells)}".rstrip())
+
+
+def _with_interval(value: Mapping[str, Any] | None) -> str:
+    if value is None or value["mean"] is None:
+        return "-"
+    numbers = [value["mean"], *(v for v in value["ci95"] if v is not None)]
+    digits = 3 if max(map(abs, numbers)) <= 1 else 2
+    low, high = (f"{v:.{digits}f}" if v is not None else "-" for v in value["ci95"])
+    return f"{value['mean']:.{digits}f} [{low}, {high}]"

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import os
 import re
 from collections import deque
@@ -20,7 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medjax import runtime
-from medjax.errors import UserError, run_program
+from medjax.errors import UserError, run_program, write_atomic
 
 _INPUT = re.compile(r"\.(nii|hdr)(\.gz)?$", re.IGNORECASE)  # of a .hdr/.img pair the header stands for both
 
@@ -38,30 +40,49 @@ class Predictor:
         from medjax.ops.windows import SlidingWindow
 
         self.tasks = job
+        # What is said of voxels, and what of a case as a whole; each in the order of the network's output channels.
+        self._dense = {name: task for name, task in job.items() if task.kind != "case"}
+        self._whole = {name: task for name, task in job.items() if task.kind == "case"}
 
-        def apply(params: Any, x: jax.Array) -> jax.Array:
+        def apply(params: Any, x: jax.Array) -> Any:
             outputs = model.apply({"params": params}, x, train=False)
-            return jnp.concatenate([outputs[name][0] for name in job], axis=-1)
+            dense = jnp.concatenate([x[..., :0], *(outputs[name][0] for name in self._dense)], axis=-1)
+            if not self._whole:
+                return dense
+            return dense, jnp.concatenate([outputs[name][0] for name in self._whole], axis=-1)
 
+        odd: tuple[list[int], ...] = ([], [], [])
+        first = 0
+        for task in (*self._dense.values(), *self._whole.values()):
+            for axis in range(3):
+                odd[axis].extend(first + channel for channel in task.odd[axis])
+            first += task.outputs
         self._window = SlidingWindow(
             apply,
             tuple(config.data.patch),
-            sum(task.outputs for task in job.values()),
+            sum(task.outputs for task in self._dense.values()),
+            pooled_out=sum(task.outputs for task in self._whole.values()),
+            odd=odd,
             overlap=config.eval.overlap,
             batch=config.eval.windows,
             mirror_axes=tuple(config.eval.mirror),
             canvas=tuple(int(n) for n in np.max(np.asarray(shapes), axis=0)) if len(shapes) else None,
-            finish=self._probabilities,
+            finish=lambda outputs: _probabilities(self._dense, outputs),
         )
 
-    def _probabilities(self, logits: jax.Array) -> dict[str, jax.Array]:
-        ends = np.cumsum([task.outputs for task in self.tasks.values()])
-        parts = jnp.split(logits, ends[:-1], axis=-1)
-        return {name: task.probabilities(p) for (name, task), p in zip(self.tasks.items(), parts, strict=True)}
-
     def __call__(self, params: Any, image: np.ndarray) -> dict[str, np.ndarray]:
-        """Prepared image [X, Y, Z, C] -> task -> probabilities float32 [X, Y, Z, K], read-only."""
-        return self._window(params, image)
+        """Prepared image [X, Y, Z, C] -> task -> probabilities float32, read-only: [X, Y, Z, K], or [K] of a case."""
+        if not self._whole:
+            return self._window(params, image)
+        found, whole = self._window(params, image)
+        return found | jax.tree.map(np.asarray, _probabilities(self._whole, whole))
+
+
+def _probabilities(job: Mapping[str, Any], outputs: jax.Array) -> dict[str, Any]:
+    """The network's joined channels [..., K], divided among the tasks: task -> probabilities."""
+    ends = np.cumsum([task.outputs for task in job.values()])
+    parts = jnp.split(jnp.asarray(outputs), ends[:-1], axis=-1) if job else []
+    return {name: task.probabilities(part) for (name, task), part in zip(job.items(), parts, strict=True)}
 
 
 class Run:
@@ -129,6 +150,18 @@ def write(task: Any, decoded: np.ndarray, like: Any, path: Path) -> None:
     from medjax.data import nifti
 
     nifti.write(path, task.paint(decoded) if task.paintable else decoded.astype(np.uint8), like)
+
+
+def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Rows as CSV; the columns are all keys in order of appearance, what is not finite or absent is left empty."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        plain = {k: (f"{v:.6g}" if np.isfinite(v) else "") if isinstance(v, float) else v for k, v in row.items()}
+        writer.writerow(plain)
+    write_atomic(path, out.getvalue())
 
 
 def find_inputs(
@@ -240,6 +273,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         except UserError as error:
             refused[name] = str(error)
     done = 0
+    tables: dict[str, list[dict[str, Any]]] = {name: [] for name, task in run.tasks.items() if task.kind != "dense"}
     if cases:
         predictor = run.predictor(shapes)
         progress = Progress("case", len(cases))
@@ -252,19 +286,25 @@ def main(argv: Sequence[str] | None = None) -> None:
                 probabilities = predictor(run.params, prepared.image)
                 for task_name, task in run.tasks.items():
                     decoded = task.decode(probabilities[task_name], prepared.geometry)
-                    write(task, decoded, like, outputs[case.id][task_name])
+                    if task.kind == "dense":
+                        write(task, decoded, like, outputs[case.id][task_name])
+                    else:
+                        tables[task_name] += [{"case": case.id, **row} for row in task.table(decoded)]
                 done += 1
             progress.update(number, case.id)
         progress.close()
     if done:
+        for task_name, rows in tables.items():
+            write_table(rows, args.output / f"{task_name}.csv")
         say(f"{done} case(s) written to {args.output} (step {run.step}, {run.kind} checkpoint of {args.run})")
     if refused:
         raise UserError(refusal(args.input, refused, done))
 
 
 def output_files(run: Run, folder: Path, name: str) -> dict[str, Path]:
-    """Task -> the file its prediction for the case `name` is written to; with several tasks their names are in it."""
-    return {task: folder / f"{name}{'' if len(run.tasks) == 1 else f'_{task}'}.nii.gz" for task in run.tasks}
+    """Mask task -> the file its prediction for the case `name` is written to; with several their names are in it."""
+    dense = [name for name, task in run.tasks.items() if task.kind == "dense"]
+    return {task: folder / f"{name}{'' if len(dense) == 1 else f'_{task}'}.nii.gz" for task in dense}
 
 
 def check_outputs(folder: Path, outputs: Iterable[Path], cases: Mapping[str, Mapping[str, Path]]) -> None:

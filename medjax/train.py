@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -23,22 +25,31 @@ from medjax import evaluate, optim, parallel, pictures, report, runtime, tasks
 from medjax.augment import policy
 from medjax.checkpoint import Checkpoints
 from medjax.data import cohort as cohorts
-from medjax.data import dataset, pipeline, preprocess, sampler
+from medjax.data import dataset, pipeline, preprocess, sampler, store
 from medjax.errors import UserError, write_atomic
 from medjax.logging import Metrics, Progress, duration, say
+from medjax.losses import weighting
 from medjax.models.model import Model, build_model, parameter_count
 from medjax.ops import native
 from medjax.ops.native.cpus import usable_cpus
 
+_DROPOUT = 1  # of the run's key: the stream that dropout draws from
+
 
 @flax.struct.dataclass
 class State:
-    """What training changes. `average` is the exponential moving average of the parameters, or None."""
+    """What training changes.
+
+    Attributes:
+      average: exponential moving average of the parameters, or None.
+      balance: of several tasks weighed by uncertainty: (log variances [T], their optimizer's state); else None.
+    """
 
     step: Any
     params: Any
     opt_state: Any
     average: Any
+    balance: Any = None
 
     @property
     def eval_params(self) -> Any:
@@ -84,28 +95,38 @@ def train(config: ConfigDict, workdir: Path) -> None:
     meta = {} if newest is None else checkpoints.meta("latest", newest)
     history: dict[str, Any] = meta.get("history", {"best": None, "best_step": None, "stale": 0, "stopped": False})
     first = newest or 0
-    tx, rate, create = make_state(config, job)
     everywhere = parallel.replicated(mesh)
-    abstract = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere), jax.eval_shape(create)
-    )
     if newest is not None:
-        for line in config_lib.difference(meta["config"], json.loads(config_lib.to_json(config))):
-            say(f"the checkpoint was written with another configuration: {line}")
-        if meta["plan"] != job.plan.to_json():
-            say("the training cases are not those of the checkpoint: the preprocessing learnt from them differs")
-        checkpoints.check("latest", newest, abstract)
+        checkpoints.check("latest", newest, abstract_state(config, job, everywhere))
     if first >= job.total or history["stopped"]:
         say(f"{workdir}: already trained to step {first}{' (stopped early)' if history['stopped'] else ''}")
         checkpoints.close()
         return
 
-    # Prepared cases, the step compiled for them, and the state it begins with.
+    # Prepared cases and what the tasks learn from them, the step compiled for both, and the state it begins with.
     sources = prepare_sources(config, job)
+    job = fit_tasks(config, job, sources["train"])
+    tx, rate, create = make_state(config, job)
+    abstract = abstract_state(config, job, everywhere)
+    if newest is not None:
+        for line in config_lib.difference(meta["config"], json.loads(config_lib.to_json(config))):
+            say(f"the checkpoint was written with another configuration: {line}")
+        if meta["plan"] != job.plan.to_json():
+            say("the training cases are not those of the checkpoint: the preprocessing learnt from them differs")
+    shapes = bucket_shapes(config, job, [case.image.shape[:3] for case in sources["train"].cases])
     feed = pipeline.train_batches(
         sources["train"],
-        sampler.Sampler(config.seed, len(job.splits["train"]), config.data.foreground),
-        patch=tuple(config.data.patch),
+        pipeline.make_sampler(
+            config.seed,
+            sources["train"],
+            job.splits["train"],
+            foreground=config.data.foreground,
+            sampling=config.data.sampling,
+            labels=job.cohort.labels,
+            buckets=shapes,
+            batch_size=config.data.batch_size,
+        ),
+        patch=shapes or tuple(config.data.patch),
         batch_size=config.data.batch_size,
         first_step=first,
         process=jax.process_index(),
@@ -114,7 +135,9 @@ def train(config: ConfigDict, workdir: Path) -> None:
     )
     batches = parallel.prefetch(feed, mesh)
     batch = next(batches)
-    compiled = report.compile_step(make_train_step(config, job, tx, mesh), abstract, batch)
+    step = make_train_step(config, job, tx, mesh)
+    compiled = report.compile_step(step, abstract, batch)
+    calls = {batch["image"].shape: compiled.call}
     if newest is None:
         state = jax.jit(create, out_shardings=everywhere)()
     else:
@@ -131,7 +154,9 @@ def train(config: ConfigDict, workdir: Path) -> None:
     # The loop.
     progress, clock, text = Progress("step", job.total), Clock(), ""
     for number in range(first + 1, job.total + 1):
-        state, sums = compiled.call(state, batch)
+        if batch["image"].shape not in calls:  # the first of its bucket
+            calls[batch["image"].shape] = report.compile_step(step, abstract, batch).call
+        state, sums = calls[batch["image"].shape](state, batch)
         last = number == job.total
         if not last:
             with clock.waiting():
@@ -151,13 +176,13 @@ def train(config: ConfigDict, workdir: Path) -> None:
                     f"(train.precision). The newest checkpoint in {workdir / 'checkpoints'} is from before."
                 )
             text = f"loss {values['loss']:.4f}  {speed['patches_per_s']:.2f} patches/s  waiting {speed['waiting']:.1%}"
-        best = "" if history["best"] is None else f"  best val Dice {history['best']:.4f}"
+        best = "" if history["best"] is None else f"  best val score {history['best']:.4f}"
         progress.update(number, text + best)
         if validation and (number % every.evaluate == 0 or last):
             scores = validation(state.eval_params)
             metrics.write(number, {f"val/{k}": v for k, v in scores.items()})
-            if history["best"] is None or scores["dice"] > history["best"]:
-                history |= {"best": scores["dice"], "best_step": number, "stale": 0}
+            if history["best"] is None or scores["score"] > history["best"]:
+                history |= {"best": scores["score"], "best_step": number, "stale": 0}
                 save("best", number)
             else:
                 history["stale"] += 1
@@ -173,13 +198,14 @@ def train(config: ConfigDict, workdir: Path) -> None:
     metrics.close()
     draw_curves(workdir)
     early = " (stopped early)" if history["stopped"] else ""
-    best = "" if history["best"] is None else f", best validation Dice {history['best']:.4f} at {history['best_step']}"
+    best = "" if history["best"] is None else f", best validation score {history['best']:.4f} at {history['best_step']}"
     say(f"trained to step {int(state.step)}{early} in {duration(time.perf_counter() - began)}{best}")
 
 
 def open_job(config: ConfigDict) -> Job:
     """Opens the cohort, divides it, learns the plan, builds tasks and model."""
-    cohort = dataset.open_cohort(config.data, next(iter(config.tasks), ""))
+    cohort = dataset.open_cohort(config.data, config.tasks)
+    declare_targets(config, cohort)
     splits = dataset.open_splits(cohort, config.data, config.seed)
     if "train" not in splits:
         raise UserError(f"config: data.split gives cohort '{cohort.name}' no 'train' split; it gives {list(splits)}")
@@ -187,27 +213,64 @@ def open_job(config: ConfigDict) -> Job:
     job = tasks.build(config.tasks, cohort.labels)
     total = steps_of(config, "train.total", len(splits["train"]))
     plan = preprocess.fit(config.data.preprocess, cohort, splits["train"])
-    return Job(cohort, splits, plan, job, build_model(config, job), total)
+    model = build_model(config, job)
+    if config.data.buckets:
+        # What the network is made for, and the window of prediction: whatever volume there is.
+        cases = (*splits["train"], *splits.get("val", ()))
+        shapes = [plan.prepared_shape(case) for case in cases]
+        config.data.patch = sampler.bucket_shapes(shapes, 1, model.backbone.total_factor())[0]
+    return Job(cohort, splits, plan, job, model, total)
+
+
+def declare_targets(config: ConfigDict, cohort: cohorts.Cohort) -> None:
+    """Writes what the cohort declares about targets into the tasks that do not say otherwise.
+
+    Names of classes, and for the masks of an nnU-Net folder its regions and its ignore label.
+    """
+    by_value = {value: name for name, value in cohort.labels.items()}
+    with config.unlocked(), config.ignore_type():
+        for name, task in config.tasks.items():
+            if "names" in task and not task.names and name in cohort.classes:
+                task.names = tuple(cohort.classes[name])
+            if task.type != "segmentation":
+                continue
+            if cohort.regions and not task.regions:
+                task.regions = {
+                    region: tuple(by_value[value] for value in values) for region, values in cohort.regions.items()
+                }
+            if cohort.ignore is not None and task.ignore < 0:
+                task.ignore = int(cohort.ignore)
 
 
 def prepare_sources(config: ConfigDict, job: Job) -> dict[str, pipeline.Source]:
-    """Reads, checks and preprocesses the training and validation cases."""
-    sources: dict[str, pipeline.Source] = {}
-    for name in ("train", "val"):
-        if name in job.splits:
-            progress = Progress(f"preparing {name} cases", len(job.splits[name]))
-            cases = dataset.prepare(job.plan, job.splits[name], config.data.workers, progress.update)
+    """Reads, checks and preprocesses the training and validation cases, in memory or in the store (`data.store`)."""
+    kept: list[str] = [name for name in ("train", "val") if name in job.splits]
+    others = [name for name in config.eval.splits if name in job.splits and name not in kept]
+    prepared: dict[str, Any] = {}
+    if config.data.store:
+        splits = {split: job.splits[split] for split in (*kept, *others)}
+        prepared, folder = store.prepare(
+            config.data.store, job.cohort.name, job.plan, splits, config.data.workers, Progress
+        )
+        say(f"store       {folder}")
+    else:
+        for split in (*kept, *others):
+            progress = Progress(f"{'preparing' if split in kept else 'checking'} {split} cases", len(job.splits[split]))
+            function: Callable = dataset.prepare if split in kept else dataset.check
+            prepared[split] = function(job.plan, job.splits[split], config.data.workers, progress.update)
             progress.close()
-            sources[name] = pipeline.Source(cases, tuple(job.tasks))
-    for name in config.eval.splits:
-        if name in job.splits and name not in sources:
-            progress = Progress(f"checking {name} cases", len(job.splits[name]))
-            dataset.check(job.plan, job.splits[name], config.data.workers, progress.update)
-            progress.close()
-    shapes = [case.image.shape[:3] for case in sources["train"].cases]
-    sampler.check_filled(config.data.patch, shapes, job.model.backbone.total_factor())
-    check_targets(job.tasks, sources["train"])
+    sources = {name: pipeline.Source(prepared[name], tuple(job.tasks), job.plan.ignore) for name in kept}
+    if not config.data.buckets:
+        shapes = [case.image.shape[:3] for case in sources["train"].cases]
+        sampler.check_filled(config.data.patch, shapes, job.model.backbone.total_factor())
     return sources
+
+
+def bucket_shapes(config: ConfigDict, job: Job, shapes: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:
+    """The shapes that whole volumes of `shapes` are padded to; none where training takes patches."""
+    if not config.data.buckets:
+        return []
+    return sampler.bucket_shapes(shapes, config.data.buckets, job.model.backbone.total_factor())
 
 
 def steps_of(config: ConfigDict, key: str, n_examples: int) -> int:
@@ -228,14 +291,50 @@ def intervals(config: ConfigDict, n_examples: int) -> Intervals:
     return Intervals(*found)
 
 
-def check_targets(job: Mapping[str, tasks.Task], source: pipeline.Source) -> None:
-    """Raises UserError for a task none of the training cases has a target for."""
-    for name in job:
-        if not any(name in case.targets for case in source.cases):
+class Targets(Sequence[tasks.Known]):
+    """A task's targets of the training cases that have one, read singly: a store may hold more than memory."""
+
+    def __init__(
+        self, name: str, cases: Sequence[cohorts.Case], source: pipeline.Source, plan: preprocess.Plan
+    ) -> None:
+        self._name, self._ids, self._prepared = name, [case.id for case in cases], source.cases
+        self._columns = tuple(plan.columns.get(name, ()))
+        self._with = [i for i, p in enumerate(source.cases) if name in p.targets or name in p.values]
+
+    def __len__(self) -> int:
+        return len(self._with)
+
+    def __getitem__(self, index: Any) -> Any:
+        number = self._with[index]
+        case = self._prepared[number]
+        # Findings are in both: the table describes the instances of the mask.
+        value = case.values[self._name] if self._name in case.values else case.targets[self._name]
+        return tasks.Known(self._ids[number], np.asarray(value), case.image.shape[:3], self._columns)
+
+
+def fit_tasks(config: ConfigDict, job: Job, source: pipeline.Source) -> Job:
+    """Lets the tasks check the training targets and learn from them; what they learn is written into `config.tasks`.
+
+    Raises:
+      UserError: a task without targets, or with targets that are not of its kind.
+    """
+    for name, task in job.tasks.items():
+        kind = job.plan.kinds.get(name)
+        if kind and kind not in task.targets and not (kind == "class" and "number" in task.targets):
             raise UserError(
-                f"task '{name}': no training case has a target of that name; targets there: "
-                f"{', '.join(sorted({t for c in source.cases for t in c.targets})) or 'none'}"
+                f"task '{name}': the cohort's target is a {kind}, and tasks of type '{config.tasks[name].type}' take a "
+                f"{' or a '.join(task.targets)}; correct tasks.{name}.type or data.targets.{name}"
             )
+    names = dict.fromkeys((*job.tasks, *(t for case in job.splits["train"] for t in case.targets)))
+    known = {name: Targets(name, job.splits["train"], source, job.plan) for name in names}
+    learnt = tasks.fit(config.tasks, job.tasks, known)
+    if not any(learnt.values()):
+        return job
+    with config.unlocked(), config.ignore_type():
+        for name, values in learnt.items():
+            config.tasks[name].update(values)
+    built = tasks.build(config.tasks, job.cohort.labels)
+    return dataclasses.replace(job, tasks=built, model=build_model(config, built))
 
 
 def make_state(config: ConfigDict, job: Job) -> tuple[Any, Callable, Callable[[], State]]:
@@ -250,10 +349,25 @@ def make_state(config: ConfigDict, job: Job) -> tuple[Any, Callable, Callable[[]
     tx, rate = optim.build(config.optim, jax.eval_shape(parameters), job.total, warmup)
 
     def create() -> State:
-        params = parameters()
-        return State(jnp.zeros((), jnp.int32), params, tx.init(params), params if config.optim.ema else None)
+        params, log_variances = parameters(), jnp.zeros(len(job.tasks))
+        balance = (log_variances, optax.adam(rate).init(log_variances)) if by_uncertainty(config, job) else None
+        average = params if config.optim.ema else None
+        return State(jnp.zeros((), jnp.int32), params, tx.init(params), average, balance)
 
     return tx, rate, create
+
+
+def by_uncertainty(config: ConfigDict, job: Job) -> bool:
+    """Whether the tasks are weighed by trained uncertainties (`optim.balance`); a single task has nothing to weigh."""
+    if config.optim.balance not in ("fixed", "uncertainty"):
+        raise UserError(f"config: optim.balance '{config.optim.balance}' is not known; known: fixed, uncertainty")
+    return config.optim.balance == "uncertainty" and len(job.tasks) > 1
+
+
+def abstract_state(config: ConfigDict, job: Job, sharding: Any) -> State:
+    """The state's shapes and types, laid out by `sharding`."""
+    shapes = jax.eval_shape(make_state(config, job)[2])
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
 
 
 def make_train_step(
@@ -265,8 +379,15 @@ def make_train_step(
     rows = PartitionSpec("data")
     augment = jax.shard_map(augment, mesh=mesh, in_specs=rows, out_specs=rows)
 
-    def loss(params: Any, batch: dict[str, Any], share: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        outputs: Any = job.model.apply({"params": params}, batch["image"], train=True)
+    balanced = by_uncertainty(config, job)
+    rate = optim.schedule(config.optim, job.total, steps_of(config, "optim.warmup", len(job.splits["train"])))
+    weights = jnp.asarray([task.weight for task in job.tasks.values()])
+
+    def loss(
+        trained: tuple[Any, Any], batch: dict[str, Any], share: Mapping[str, Any], key: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        params, log_variances = trained
+        outputs: Any = job.model.apply({"params": params}, batch["image"], train=True, rngs={"dropout": key})
         total, sums = 0.0, {}
         for name, task in job.tasks.items():
             # `where`, not a product: an example without a label must not bring in a NaN.
@@ -274,6 +395,12 @@ def make_train_step(
             sums[name] = jnp.sum(losses) * share[name]
             total += task.weight * sums[name]
         parts = {f"loss/{name}": value for name, value in sums.items()} if len(sums) > 1 else {}
+        if balanced:
+            # A round has its part of the losses, and so of the penalty on the variances.
+            terms, present = jnp.stack(list(sums.values())), jnp.stack([share[n] > 0 for n in job.tasks])
+            whole = weighting.uncertainty_total(terms, log_variances, present, weights)
+            penalty = 0.5 * jnp.where(present, weights * log_variances, 0.0).sum()
+            return whole - (1 - 1 / rounds) * penalty, {"loss": total, **parts}
         return total, {"loss": total, **parts}
 
     def step(state: State, batch: dict[str, Any]) -> tuple[State, dict[str, Any]]:
@@ -282,29 +409,39 @@ def make_train_step(
         for task in job.tasks.values():
             batch = task.prepare(key, batch)
         # Each task's losses are averaged over the examples of the whole batch that have its label.
-        share = {name: 1.0 / jnp.maximum(jnp.sum(batch[f"{name}/mask"]), 1) for name in job.tasks}
+        counts = {name: jnp.sum(batch[f"{name}/mask"]) for name in job.tasks}
+        share = {name: jnp.where(count > 0, 1.0 / jnp.maximum(count, 1), 0.0) for name, count in counts.items()}
         gradient = jax.grad(loss, has_aux=True)
+        drop = jax.random.fold_in(jax.random.fold_in(key, _DROPOUT), state.step)
+        trained = (state.params, state.balance[0] if balanced else None)
         if rounds == 1:
-            grads, sums = gradient(state.params, batch, share)
+            (grads, steepness), sums = gradient(trained, batch, share, drop)
         else:
             # Round r takes rows r, r + rounds...: what lies on a device stays there.
             split = {k: v.reshape(-1, rounds, *v.shape[1:]).swapaxes(0, 1) for k, v in batch.items()}
 
-            def add(carry: Any, part: dict[str, Any]) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, carry, gradient(state.params, part, share)), None
+            def add(carry: Any, part: tuple[Any, dict[str, Any]]) -> tuple[Any, None]:
+                number, rows = part
+                found = gradient(trained, rows, share, jax.random.fold_in(drop, number))
+                return jax.tree.map(jnp.add, carry, found), None
 
+            one = jax.tree.map(lambda v: v[0], split)
             zero = jax.tree.map(
-                lambda s: jnp.zeros(s.shape, s.dtype),
-                jax.eval_shape(gradient, state.params, jax.tree.map(lambda v: v[0], split), share),
+                lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, trained, one, share, drop)
             )
-            (grads, sums), _ = jax.lax.scan(add, zero, split)
+            ((grads, steepness), sums), _ = jax.lax.scan(add, zero, (jnp.arange(rounds), split))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p + u, state.params, updates)
         average = state.average
         if average is not None:
             average = optim.ema(average, params, config.optim.ema, state.step)
+        balance = state.balance
+        if balanced:
+            change, moments = optax.adam(rate).update(steepness, balance[1])
+            balance = (balance[0] + change, moments)
+            sums |= {f"log_variance/{name}": balance[0][i] for i, name in enumerate(job.tasks)}
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
-        return State(state.step + 1, params, opt_state, average), {**sums, "grad_norm": norm}
+        return State(state.step + 1, params, opt_state, average, balance), {**sums, "grad_norm": norm}
 
     everywhere = parallel.replicated(mesh)
     return jax.jit(
@@ -326,9 +463,11 @@ class Validation:
         self._predictor = evaluate.Predictor(config, job.model, job.tasks, shapes)
 
         def losses(params: Any, batch: dict[str, Any]) -> dict[str, Any]:
+            key = jax.random.key(config.seed)
             for task in job.tasks.values():
-                batch = task.prepare(jax.random.key(config.seed), batch)
-            outputs: Any = job.model.apply({"params": params}, batch["image"], train=True)
+                batch = task.prepare(key, batch)
+            # As in training, deep supervision included; what is random is the same every time.
+            outputs: Any = job.model.apply({"params": params}, batch["image"], train=True, rngs={"dropout": key})
             sums = {}
             for name, task in job.tasks.items():
                 mask = batch[f"{name}/mask"]
@@ -344,7 +483,7 @@ class Validation:
             for name, pair in sums.items():
                 totals[name] += np.asarray(pair)
         loss = sum(task.weight * totals[name][0] / max(totals[name][1], 1) for name, task in self._tasks.items())
-        return {"loss": float(loss)} | evaluate.quick_dice(self._predictor, params, self._cases)
+        return {"loss": float(loss)} | evaluate.quick_scores(self._predictor, params, self._cases)
 
 
 class Clock:

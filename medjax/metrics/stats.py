@@ -1,4 +1,4 @@
-"""Means over cases with their uncertainty: percentile bootstrap intervals, resampled by patient."""
+"""Means over cases and metrics of cohorts with their uncertainty: percentile bootstrap intervals over patients."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from medjax.errors import UserError
 
 LEVEL = 0.95
 RESAMPLES = 2000
+COHORT_RESAMPLES = 1000  # of metrics that are computed anew for every resample
 _CHUNK = 1 << 22  # resampled values held at a time
 
 
@@ -116,6 +117,78 @@ def summarize(
                     "n": int(counts[:, index].sum()),
                 }
                 for index, name in enumerate(names)
+            },
+        }
+    return result
+
+
+def summarize_cohort(
+    rows: Sequence[Mapping[str, Any]],
+    statistics: Mapping[str, Callable[[Mapping[str, np.ndarray]], float]],
+    classes: Sequence[str] | None = None,
+    *,
+    n: int = COHORT_RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Metrics that need all cases at once (an AUROC, a kappa), per class, with 95 % intervals.
+
+    A metric's mean is the mean over the classes for which it is defined. What is resampled is the patient, with all
+    their rows of all classes; a resample in which a metric is undefined does not count for its interval.
+
+    Args:
+        rows: Each has 'class' and what the statistics read; a case may have any number of rows of a class. 'case' and
+            'group' (the patient) as in `summarize`; without them each row is its own patient.
+        statistics: Metric -> function of the columns of one class, key -> array [rows], to a number (nan: undefined).
+        classes: Which classes, in this order; all in order of appearance if None.
+        n: Number of resamples.
+        seed: Of the resampling; all metrics and classes see the same resamples.
+
+    Returns:
+        As `summarize`, n being the rows of the class.
+
+    Raises:
+        UserError: a row without 'class'.
+    """
+    _check(LEVEL, n)
+    if any("class" not in row for row in rows):
+        raise UserError("summarize: a row has no 'class'")
+    names = list(dict.fromkeys(row["class"] for row in rows)) if classes is None else list(classes)
+    wanted = [row for row in rows if row["class"] in set(names)]
+    patients: list[Hashable] = [row.get("group", row.get("case", i)) for i, row in enumerate(wanted)]
+    order = {patient: index for index, patient in enumerate(dict.fromkeys(patients))}
+    draws = _draws(len(order), n, seed).astype(np.intp)
+    members, columns = [], []
+    for name in names:
+        index = [i for i, row in enumerate(wanted) if row["class"] == name]
+        keys = list(wanted[index[0]]) if index else []
+        columns.append({k: np.array([wanted[i].get(k, math.nan) for i in index]) for k in keys})
+        members.append(np.array([order[patients[i]] for i in index], np.intp))
+
+    def value(metric: str, number: int, taken: np.ndarray | None = None) -> float:
+        table = columns[number]
+        if taken is not None:
+            table = {k: v[taken] for k, v in table.items()}
+        return float(statistics[metric](table)) if table and len(next(iter(table.values()))) else math.nan
+
+    result: dict[str, Any] = {}
+    resampled = {metric: np.full((n, len(names)), math.nan) for metric in statistics}
+    for number, patient in enumerate(members):
+        for i in range(n):
+            taken = np.repeat(np.arange(len(patient)), draws[i][patient])
+            for metric in statistics:
+                resampled[metric][i, number] = value(metric, number, taken)
+    for metric in statistics:
+        found = np.array([value(metric, number) for number in range(len(names))])
+        result[metric] = {
+            "mean": _json(_mean_of_counted(found[None])[0]),
+            "ci95": _json_interval(_mean_of_counted(resampled[metric])),
+            "per_class": {
+                name: {
+                    "mean": _json(found[number]),
+                    "ci95": _json_interval(resampled[metric][:, number]),
+                    "n": len(members[number]),
+                }
+                for number, name in enumerate(names)
             },
         }
     return result

@@ -12,15 +12,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from medjax.errors import UserError
+from medjax.errors import UserError, warn_once
+from medjax.losses import boundary, weighting
 from medjax.losses import segmentation as losses
+from medjax.metrics import lesions, regression, stats
 from medjax.metrics import segmentation as metrics
 from medjax.models.heads import DenseHead
+from medjax.tasks.common import Defaults, Kind
+
+MEANS = ("dice", "hd95", "nsd", "assd", "volume_error_ml")
+EXTRA = ("cldice", "lesion_dice", "lesion_hd95", "lesion_f1")
+_COUNTED = 1 << 20  # voxels of a mask that are looked at for how often its labels occur
 
 
 @dataclass(frozen=True)
-class Segmentation:
+class Segmentation(Defaults):
     """Voxel-wise segmentation.
+
+    The loss is the sum of a voxel-wise part, an overlap part, and where asked for the unified focal loss (which is
+    both) and the boundary loss, each times its weight.
 
     Attributes:
       name: the task's name; also the target's key in a case.
@@ -29,9 +39,20 @@ class Segmentation:
         from the one of most labels to the one of fewest, the order in which they are painted into a single label map.
       levels: decoder levels that are supervised; level i weighs 2^-i (nnU-Net's deep supervision).
       weight: of this task among several.
-      ce, dice: weights of the two parts of the loss.
-      batch_dice: pool the Dice sums over the batch rather than per example.
+      ce, dice, unified, boundary: weights of the parts of the loss.
+      voxelwise: the voxel-wise part: 'ce' (cross-entropy), 'focal' or 'top_k' (of the worst voxels alone).
+      overlap: the overlap part: 'dice', 'generalised_dice' or 'tversky'.
+      gamma: exponent of the focal loss. top: share of voxels of 'top_k'.
+      alpha, beta: weight of false positives and false negatives in 'tversky'.
+      batch_dice: pool the Dice sums over the batch rather than per example ('dice' alone).
+      smoothing: of the labels in the cross-entropy.
+      balance: class weights of the voxel-wise part from the training masks: 'none', 'inverse', 'sqrt' or 'effective'
+        (`medjax.losses.weighting.class_weights`). class_weights: those weights; learnt unless given.
+      ignore: value of voxels that count neither in the loss nor in the scores; -1: none.
       nsd_tolerance: millimetres, for the normalised surface distance.
+      convention: of HD95 and ASSD (`medjax.metrics.segmentation.hausdorff`).
+      centreline: score clDice too, for vessels and airways.
+      lesions: score lesion by lesion too, by the rules of BraTS 2023.
     """
 
     name: str
@@ -41,21 +62,66 @@ class Segmentation:
     levels: int = 3
     ce: float = 1.0
     dice: float = 1.0
+    unified: float = 0.0
+    boundary: float = 0.0
+    voxelwise: str = "ce"
+    overlap: str = "dice"
+    gamma: float = 2.0
+    top: float = 0.1
+    alpha: float = 0.3
+    beta: float = 0.7
     batch_dice: bool = False
+    smoothing: float = 0.0
+    balance: str = "none"
+    class_weights: Sequence[float] = ()
+    ignore: int = -1
     nsd_tolerance: float = 1.0
+    convention: metrics.Convention = "monai"
+    centreline: bool = False
+    lesions: bool = False
 
     def __post_init__(self) -> None:
         ordered = sorted(self.regions.items(), key=lambda item: -len(item[1]))
         object.__setattr__(self, "regions", dict(ordered))
         if not self.foreground:
             raise UserError(f"task '{self.name}': the cohort declares no label besides the background")
+        self._check_regions()
+        self.one_of("voxelwise", ("ce", "focal", "top_k"))
+        self.one_of("overlap", ("dice", "generalised_dice", "tversky"))
+        self.one_of("balance", weighting.CLASS_WEIGHTS)
+        if self.class_weights and len(self.class_weights) != self.outputs:
+            raise UserError(
+                f"{self.where('class_weights')}: {len(self.class_weights)} weights for {self.outputs} outputs "
+                f"({'regions' if self.regions else 'background and labels'})"
+            )
+        if self.ignore in self.foreground.values() or self.ignore == 0:
+            raise UserError(f"{self.where('ignore')}={self.ignore} is the value of a label, or the background")
+
+    def _check_regions(self) -> None:
+        covered: dict[frozenset[str], str] = {}
         for region, parts in self.regions.items():
+            if isinstance(parts, str) or not parts or len(set(parts)) < len(parts):
+                raise UserError(
+                    f"{self.where(f'regions.{region}')} needs a list of labels, each once, not {parts!r}; labels: "
+                    f"{', '.join(self.foreground)}"
+                )
             for part in parts:
                 if part not in self.foreground:
                     raise UserError(
                         f"config: tasks.{self.name}.regions.{region}: no label '{part}'; labels: "
                         f"{', '.join(self.foreground)}"
                     )
+            twin = covered.setdefault(frozenset(parts), region)
+            if twin != region:
+                warn_once(f"task '{self.name}': regions '{twin}' and '{region}' cover the same labels")
+
+    @property
+    def kind(self) -> Kind:
+        return "dense"
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return ("mask",)
 
     @property
     def foreground(self) -> dict[str, int]:
@@ -78,38 +144,121 @@ class Segmentation:
     def head(self) -> nn.Module:
         return DenseHead(self.outputs, self.levels)
 
+    def fit(self, known: Sequence[Any]) -> dict[str, Any]:
+        """Notes labels that no training case has; learns class weights where `balance` asks for them."""
+        wanted = self.balance != "none" and not self.class_weights
+        counts = np.zeros(self.outputs)
+        missing = dict(self.foreground)
+        for one in known:
+            if not wanted and not missing:
+                break
+            # Every n-th voxel will do for how often a label occurs, not for whether it does.
+            step = max(1, one.value.size // _COUNTED)
+            values, times = np.unique(one.value.ravel()[:: step | 1], return_counts=True)
+            seen = dict(zip(values.tolist(), times.tolist(), strict=True))
+            seen.pop(self.ignore, None)
+            missing = {n: v for n, v in missing.items() if v not in seen and not (one.value == v).any()}
+            for i, covers in enumerate(self.classes.values(), 0 if self.regions else 1):
+                counts[i] += sum(seen.get(v, 0) for v in covers)
+            if not self.regions:
+                counts[0] += seen.get(0, 0)
+        if missing:
+            warn_once(
+                f"task '{self.name}': no training case has {', '.join(missing)}; the network can learn nothing of it"
+            )
+        if not wanted or not counts.any():
+            return {}
+        return {"class_weights": tuple(float(w) for w in weighting.class_weights(counts, self.balance))}
+
     def prepare(self, key: Array, batch: dict[str, Array]) -> dict[str, Array]:
-        """Mask values -> class numbers int32 [B, X, Y, Z], or membership bool [B, X, Y, Z, R] for regions."""
+        """Mask values -> class numbers int32 [B, X, Y, Z] (-1: ignored); regions: membership bool [B, X, Y, Z, R].
+
+        With regions and an `ignore` value adds `<task>/counted`, bool [B, X, Y, Z].
+        """
         values = batch[f"{self.name}/target"]
         if self.regions:
             member = [jnp.isin(values, jnp.asarray(v, values.dtype)) for v in self.classes.values()]
-            target = jnp.stack(member, axis=-1)
-        elif list(self.foreground.values()) == list(range(1, self.outputs)):
+            extra = {f"{self.name}/counted": values != self.ignore} if self.ignore >= 0 else {}
+            return {**batch, f"{self.name}/target": jnp.stack(member, axis=-1), **extra}
+        if list(self.foreground.values()) == list(range(1, self.outputs)):
             target = values.astype(jnp.int32)
         else:
             known = jnp.asarray(list(self.foreground.values()), values.dtype)
             target = sum((values == v) * (i + 1) for i, v in enumerate(known)).astype(jnp.int32)
+        if self.ignore >= 0:
+            target = jnp.where(values == self.ignore, -1, target)
         return {**batch, f"{self.name}/target": target}
 
     def loss(self, outputs: Sequence[Array], batch: Mapping[str, Array]) -> Array:
-        """Cross-entropy plus soft Dice over the supervised levels; per example [B]."""
-        target = batch[f"{self.name}/target"]
+        """The parts of the loss over the supervised levels; per example [B]."""
+        target, counted = batch[f"{self.name}/target"], batch.get(f"{self.name}/counted")
         shares = np.array([0.5**i for i in range(len(outputs))])
         shares /= shares.sum()
         total = jnp.zeros(target.shape[0])
         for logits, share in zip(outputs, shares, strict=True):
             # A coarser level is compared with every s-th voxel, as nnU-Net's nearest-neighbour targets.
             step = [t // s for t, s in zip(target.shape[1:4], logits.shape[1:4], strict=True)]
-            total += share * losses.dice_ce(
+            every = (slice(None), *(slice(None, None, s) for s in step))
+            total += share * self._region_loss(
+                logits, target[every], None if counted is None else counted[every], batch[f"{self.name}/mask"]
+            )
+        if self.boundary:
+            total += self.boundary * self._boundary_loss(outputs[0], target, counted, batch["spacing"])
+        return total
+
+    def _region_loss(self, logits: Array, target: Array, counted: Array | None, mask: Array) -> Array:
+        common: dict[str, Any] = {
+            "activation": "sigmoid" if self.regions else "softmax",
+            "mask": counted,
+            "ignore": -1 if self.ignore >= 0 and not self.regions else None,
+        }
+        weights = jnp.asarray(self.class_weights) if self.class_weights else None
+        total = jnp.zeros(len(logits))
+        if self.voxelwise == "ce" and self.overlap == "dice" and (self.ce or self.dice):
+            total = losses.dice_ce(
                 logits,
-                target[:, :: step[0], :: step[1], :: step[2]],
-                activation="sigmoid" if self.regions else "softmax",
+                target,
                 dice_weight=self.dice,
                 ce_weight=self.ce,
+                class_weights=weights,
                 batch=self.batch_dice,
-                weights=batch[f"{self.name}/mask"],
+                weights=mask,
+                smoothing=self.smoothing,
+                **common,
             )
+        else:
+            total += self.ce * self._voxelwise(logits, target, weights, common) if self.ce else 0.0
+            total += self.dice * self._overlap(logits, target, mask, common) if self.dice else 0.0
+        if self.unified:
+            total += self.unified * losses.unified_focal(logits, target, **common)
         return total
+
+    def _voxelwise(self, logits: Array, target: Array, weights: Array | None, common: dict[str, Any]) -> Array:
+        if self.voxelwise == "focal":
+            return losses.focal(logits, target, gamma=self.gamma, class_weights=weights, **common)
+        if self.voxelwise == "top_k":
+            return losses.top_k_cross_entropy(logits, target, fraction=self.top, **common)
+        # The weight of Dice is 0: the compiler drops its sums.
+        return losses.dice_ce(
+            logits, target, dice_weight=0.0, class_weights=weights, smoothing=self.smoothing, **common
+        )
+
+    def _overlap(self, logits: Array, target: Array, mask: Array, common: dict[str, Any]) -> Array:
+        if self.overlap == "generalised_dice":
+            return losses.generalised_dice(logits, target, **common)
+        if self.overlap == "tversky":
+            return losses.tversky(logits, target, alpha=self.alpha, beta=self.beta, **common)
+        return losses.soft_dice(logits, target, batch=self.batch_dice, weights=mask, **common)
+
+    def _boundary_loss(self, logits: Array, target: Array, counted: Array | None, spacing: Array) -> Array:
+        if not self.regions:
+            counted = target >= 0 if self.ignore >= 0 else None
+            target = target[..., None] == jnp.arange(1, self.outputs)
+            probabilities = self.probabilities(logits)[..., 1:]
+        else:
+            probabilities = self.probabilities(logits)
+        distances = boundary.signed_distance(target, spacing)
+        return boundary.boundary(probabilities, distances, include_background=True, mask=counted)
 
     def probabilities(self, logits: Array) -> Array:
         """[..., K] logits -> probabilities."""
@@ -158,13 +307,48 @@ class Segmentation:
         return out
 
     def score(self, prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]) -> list[dict[str, Any]]:
-        """Dice, HD95, NSD and volume of each class, on one grid.
+        """Overlap, surface distances and volume of each class, on one grid.
+
+        Voxels of the value `ignore` are background in both; a surface that runs into them ends there.
 
         Args:
           prediction: what `decode` returned. reference: mask values [x, y, z].
         """
+        unknown = reference == self.ignore if self.ignore >= 0 else None
         if self.regions:
             reference = np.stack([np.isin(reference, v) for v in self.classes.values()], axis=-1)
-        return metrics.case_metrics(
-            prediction, reference, self.classes, tuple(spacing), nsd_tolerance=self.nsd_tolerance
+        if unknown is not None and unknown.any():
+            # A product, not an assignment: predictions may be read-only.
+            kept = ~unknown[..., None] if self.regions else ~unknown
+            prediction, reference = prediction * kept, reference * kept
+        step = tuple(spacing)
+        rows = metrics.case_metrics(
+            prediction, reference, self.classes, step, nsd_tolerance=self.nsd_tolerance, convention=self.convention
         )
+        for i, (row, values) in enumerate(zip(rows, self.classes.values(), strict=True)):
+            if not (self.centreline or self.lesions):
+                break
+            pair = (
+                (prediction[..., i], reference[..., i])
+                if self.regions
+                else (np.isin(prediction, values), np.isin(reference, values))
+            )
+            if self.centreline:
+                row["cldice"] = metrics.centreline_dice(*pair)
+            if self.lesions:
+                found = lesions.lesion_metrics(pair[0], pair[1], step)
+                row |= {"lesion_dice": found.dice, "lesion_hd95": found.hd95, "lesion_f1": found.f1}
+        return rows
+
+    def summarize(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Means of the cases' metrics, and Bland & Altman's limits of agreement of the volumes."""
+        names = list(self.classes)
+        extra = [m for m in EXTRA if rows and m in rows[0]]
+        limits = {
+            "volume_low_ml": lambda t: regression.bland_altman(t["volume_ml"], t["reference_ml"]).low,
+            "volume_high_ml": lambda t: regression.bland_altman(t["volume_ml"], t["reference_ml"]).high,
+        }
+        return stats.summarize(rows, (*MEANS, *extra), names) | stats.summarize_cohort(rows, limits, names)
+
+    def selection(self, summary: Mapping[str, Any]) -> float:
+        return summary["dice"]["mean"] or 0.0

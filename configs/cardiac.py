@@ -1,0 +1,73 @@
+"""Right ventricle, myocardium and left ventricle from cine MR: ACDC (Bernard et al., IEEE TMI 2018), thick slices.
+
+Data: a folder with `images/patient001_frame01.nii.gz`..., masks of the same names in `labels/`, and `patients.csv` (a
+column is patient), found at `data=` or else at `MEDJAX_DATA`/cardiac_acdc or ../shared/data/cardiac_acdc. One fold of
+four is held out, by patient. Of the 32 patients there, 074 and 076 share an image; both are in the part trained on.
+
+The first stages convolve and halve in plane alone: slices are 10 mm apart, pixels 2 mm.
+
+Score: mean validation Dice SCORE. Cost: COST. See docs/benchmarks.md.
+
+Arguments: `debug` (a few steps), `data=FOLDER`.
+"""
+
+import os
+
+from ml_collections import ConfigDict
+
+from medjax.config import parse_arg
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, debug=False, data="")
+    config = ConfigDict()
+    config.data = ConfigDict(
+        {
+            "cohort": arg.data or os.path.join(os.environ.get("MEDJAX_DATA", "../shared/data"), "cardiac_acdc"),
+            "layout": "folder",
+            "images": {"MR": "images/{patient}_{frame}.nii.gz"},
+            "targets": {"heart": "labels/{patient}_{frame}.nii.gz"},
+            "labels": {"RV": 1, "myocardium": 2, "LV": 3},
+            "group": "{patient}",
+            "table": "patients.csv",
+            "split": {"folds": 4, "fold": 1},
+            "preprocess": {"spacing": (2.0, 2.0, 10.0), "normalize": "zscore"},
+            "patch": (128, 128, 8),
+            "batch_size": 4,
+            "foreground": 0.33,
+        }
+    )
+    config.augment = ConfigDict(
+        {
+            "affine": {"p": 0.5, "rotate": 25.0, "scale": 0.2},
+            "brightness": {"p": 0.15},
+            "contrast": {"p": 0.15},
+            "gamma": {"p": 0.3},
+            "noise": {"p": 0.1},
+        }
+    )
+    config.model = ConfigDict(
+        {
+            "name": "unet",
+            "features": (16, 32, 64, 128, 128),
+            "factors": ((2, 2, 1), (2, 2, 1), (2, 2, 2), (2, 2, 1)),
+            "kernels": ((3, 3, 1), (3, 3, 1), (3, 3, 3), (3, 3, 3), (3, 3, 3)),
+            "levels": 3,
+        }
+    )
+    config.tasks = ConfigDict({"heart": {"type": "segmentation", "levels": 3}})
+    config.optim = ConfigDict(
+        {"name": "adamw", "lr": 3e-3, "weight_decay": 1e-2, "schedule": "cosine", "warmup": "50 steps", "ema": 0.997}
+    )
+    config.train = ConfigDict(
+        {"total": "1300 steps", "eval_every": "650 steps", "checkpoint_every": "325 steps", "precision": "bfloat16"}
+    )
+    config.eval = ConfigDict({"splits": ("val",)})
+    if arg.debug:
+        config.optim.warmup = "2 steps"
+        config.data.patch = (64, 64, 8)
+        config.model.features = (8, 8, 16, 16, 16)
+        config.train = ConfigDict(
+            {"total": "6 steps", "log_every": "2 steps", "eval_every": "3 steps", "checkpoint_every": "3 steps"}
+        )
+    return config

@@ -1,0 +1,75 @@
+"""Lung nodules in CT: where, how large (mm), outlined, how solid, and whether malignant, by one network.
+
+Data: canvases of 96³ mm with nodules of LIDC-IDRI at random places, beside vessels, airways, chest walls and lung
+tissue without nodules (`medjax/data/synthetic_lung.py`), written on first use under the cache folder. The nodules are
+read from `data=`, or else from `MEDJAX_DATA`/lung_nodules or ../shared/data/lung_nodules. Malignancy: ratings above 3
+against ratings below; nodules rated 3 have no label. A quarter of the nodules, by a hash of their names, is shown on
+the test canvases alone.
+
+Arguments: `debug` (a few steps on a few canvases, under a minute), `data=FOLDER`, `seed=N` (holds out quarter N mod 4).
+"""
+
+from ml_collections import ConfigDict
+
+from medjax.config import parse_arg
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, debug=False, data="", seed=0)
+    config = ConfigDict({"seed": arg.seed})
+    config.data = ConfigDict(
+        {
+            "cohort": "synthetic_lung",
+            "options": {"data": arg.data, "held_out": arg.seed % 4, "seed": arg.seed},
+            "images": {"CT": "ct"},
+            "targets": {"outline": "mask", "nodules": "nodules"},
+            "labels": {"nodule": 1},
+            "split": {"column": "split"},
+            "preprocess": {"normalize": "ct"},
+            "patch": (64, 64, 64),
+            "batch_size": 2,
+            "foreground": 0.67,
+        }
+    )
+    config.augment = ConfigDict(
+        {
+            "mirror": (0, 1, 2),
+            "brightness": {"p": 0.3, "std": 0.1},
+            "contrast": {"p": 0.3},
+            "gamma": {"p": 0.3},
+            "noise": {"p": 0.2},
+        }
+    )
+    config.model = ConfigDict({"name": "unet", "features": (16, 32, 64, 128), "levels": 2})
+    config.tasks = ConfigDict(
+        {
+            "outline": {"type": "segmentation", "levels": 2, "batch_dice": True, "lesions": True},
+            "nodules": {
+                "type": "detection",
+                "names": ("nodule",),
+                "attributes": (("malignant", "binary"), ("texture", "number")),
+                "level": 0,
+            },
+        }
+    )
+    config.optim = ConfigDict(
+        {"name": "adamw", "lr": 2e-3, "weight_decay": 1e-2, "schedule": "cosine", "warmup": "50 steps", "ema": 0.997}
+    )
+    config.train = ConfigDict(
+        {
+            "total": "2000 steps",
+            "eval_every": "500 steps",
+            "checkpoint_every": "500 steps",
+            "precision": "bfloat16",
+        }
+    )
+    config.eval = ConfigDict({"splits": ("test",)})
+    if arg.debug:
+        config.optim.warmup = "2 steps"
+        config.data.options.update({"n_train": 6, "n_val": 2, "n_test": 2, "size": 64})
+        config.data.patch = (32, 32, 32)
+        config.model.features = (8, 16, 32)
+        config.train = ConfigDict(
+            {"total": "8 steps", "log_every": "2 steps", "eval_every": "4 steps", "checkpoint_every": "4 steps"}
+        )
+    return config

@@ -1,0 +1,83 @@
+"""What several tasks share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from medjax.errors import UserError
+
+Kind = Literal["dense", "findings", "case"]
+Odd = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+class Defaults:
+    """Answers most tasks give."""
+
+    name: str
+
+    @property
+    def width(self) -> int:
+        return 0
+
+    @property
+    def odd(self) -> Odd:
+        return (), (), ()
+
+    def reference(self, value: np.ndarray, geometry: Any = None) -> Any:
+        return value
+
+    def table(self, decoded: Any) -> list[dict[str, Any]]:
+        return []
+
+    def where(self, key: str) -> str:
+        """The beginning of a message about one of the task's options."""
+        return f"config: tasks.{self.name}.{key}"
+
+    def one_of(self, key: str, choices: Sequence[str]) -> None:
+        """Raises UserError unless the option `key` is one of `choices`."""
+        value = getattr(self, key)
+        if value not in choices:
+            raise UserError(f"{self.where(key)}='{value}' is not known; known: {', '.join(choices)}")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A finding as a user reads it.
+
+    Attributes:
+      label: its class.
+      score: 0 to 1.
+      center: world millimetres, RAS+ (x to the right, y to the front, z up).
+      size: full extents along the world's axes, mm.
+      attributes: what else the network says of it: a number, or a probability.
+    """
+
+    label: str
+    score: float
+    center: tuple[float, float, float]
+    size: tuple[float, float, float]
+    attributes: Mapping[str, float]
+
+    def row(self) -> dict[str, Any]:
+        """As one flat row."""
+        places = zip(("x_mm", "y_mm", "z_mm"), self.center, strict=True)
+        sizes = zip(("size_x_mm", "size_y_mm", "size_z_mm"), self.size, strict=True)
+        return {"class": self.label, "score": self.score, **dict(places), **dict(sizes), **self.attributes}
+
+
+def check_names(task: str, names: Sequence[str], least: int) -> None:
+    """Raises UserError for names that are too few, repeated or no texts."""
+    if len(names) < least or len(set(names)) < len(names) or not all(isinstance(n, str) and n for n in names):
+        raise UserError(
+            f"config: tasks.{task}.names={tuple(names)}: needs {least} or more different names, in the order of the "
+            "target's values"
+        )
+
+
+def first_metric(summary: Mapping[str, Any], *metrics: str) -> float | None:
+    """The mean of the first of these metrics that is defined."""
+    return next((m for name in metrics if (m := summary.get(name, {}).get("mean")) is not None), None)

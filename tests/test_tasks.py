@@ -1,0 +1,455 @@
+"""Tasks: one program trains them all, unlabelled examples move nothing, what a user reads is what was meant."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medjax import tasks
+from medjax.errors import UserError
+from medjax.models.heads import HeatHead, PooledHead
+from medjax.tasks import Known
+from medjax.tasks.classification import Classification
+from medjax.tasks.regression import Regression
+from medjax.tasks.segmentation import Segmentation
+
+LABELS = {"oedema": 2, "core": 1, "enhancing": 4}
+REGIONS = {"whole": ("oedema", "core", "enhancing"), "core": ("core", "enhancing"), "enhancing": ("enhancing",)}
+CONFIG = {
+    "labels": {"type": "segmentation", "levels": 2, "ignore": 255},
+    "regions": {"type": "segmentation", "regions": REGIONS, "levels": 1, "ignore": 255, "boundary": 0.1},
+    "other": {"type": "segmentation", "levels": 1, "voxelwise": "top_k", "overlap": "tversky", "unified": 0.5},
+    "binary": {"type": "classification", "problem": "binary", "names": ("benign", "malignant"), "smoothing": 0.1},
+    "grade": {"type": "classification", "problem": "ordinal", "names": ("I", "II", "III", "IV")},
+    "disease": {"type": "classification", "names": ("a", "b", "c"), "gamma": 2.0, "hidden": 8, "pool": "both"},
+    "signs": {"type": "classification", "problem": "multilabel", "names": ("x", "y"), "class_weights": (2.0, 3.0)},
+    "age": {"type": "regression", "uncertainty": "gaussian", "centre": (60.0,), "scale": (10.0,)},
+    "volumes": {"type": "regression", "names": ("lv", "rv"), "uncertainty": "quantiles"},
+    "plain": {"type": "regression", "objective": "squared"},
+    "nodules": {
+        "type": "detection",
+        "names": ("solid", "other"),
+        "attributes": (("malignant", "binary"), ("texture", "number"), ("margin", 3)),
+        "giou": 1.0,
+    },
+    "points": {"type": "landmark", "names": ("left", "right"), "level": 1},
+}
+S, B = (16, 16, 8), 3
+
+
+class Heads(nn.Module):
+    heads: dict
+
+    def __call__(self, pyramid, train=False):
+        return {name: head(pyramid, train=train) for name, head in self.heads.items()}
+
+
+@pytest.fixture(scope="module")
+def built():
+    return tasks.build(CONFIG, LABELS)
+
+
+@pytest.fixture(scope="module")
+def pyramid():
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=(B, *(n // f for n in S), 4 * f)).astype(np.float32) for f in (1, 2, 4)]
+
+
+def batch_of() -> dict[str, np.ndarray]:
+    """Targets as a pipeline gives them, with what is unknown among them."""
+    rng = np.random.default_rng(1)
+    values = rng.choice([0, 1, 2, 4, 255], (B, *S)).astype(np.uint8)
+    instances = np.zeros((B, *S), np.uint16)
+    instances[0, 3:8, 3:8, 2:6], instances[0, 10:14, 10:14, 3:6] = 1, 2
+    instances[1, 0:3, 4:8, 2:5] = 1  # cut by the border
+    table = np.full((B, 2, 10), np.nan, np.float32)
+    table[0] = [[5, 5, 4, 5, 5, 4, 1, 1, 2.5, 0], [11, 11, 4, 4, 4, 3, 2, np.nan, np.nan, np.nan]]
+    table[1, 0] = [1, 5, 3, 3, 4, 3, 1, 0, 1, 2]
+    batch = {
+        "spacing": np.array([[1, 1, 1], [0.7, 0.7, 2.5], [1, 1, 1]], np.float32),
+        "labels/target": values,
+        "regions/target": values,
+        "other/target": np.where(values == 255, 0, values),
+        "binary/target": np.array([0, 1, 1], np.int32),
+        "grade/target": np.array([3, 0, 2], np.int32),
+        "disease/target": np.array([2, 0, 1], np.int32),
+        "signs/target": np.array([[0, 1], [np.nan, 1], [np.nan, np.nan]], np.float32),
+        "age/target": np.array([71, 40, np.nan], np.float32),
+        "volumes/target": np.array([[1, 2], [np.nan, 3], [np.nan, np.nan]], np.float32),
+        "plain/target": np.array([1, 2, 3], np.int32),
+        "nodules/target": instances,
+        "nodules/table": table,
+        "points/target": instances,
+        "points/table": table[..., :7],
+    }
+    return batch | {f"{name}/mask": np.array([True, True, False]) for name in CONFIG}
+
+
+@pytest.fixture(scope="module")
+def program(built, pyramid):
+    """(params, batch) -> losses by task, gradient of those that count, outputs, probabilities."""
+    model = Heads({name: task.head() for name, task in built.items()})
+    params = jax.jit(lambda: model.init(jax.random.key(0), pyramid, train=True))()
+
+    @jax.jit
+    def run(params, batch):
+        for task in built.values():
+            batch = task.prepare(jax.random.key(0), batch)
+
+        def total(params):
+            outputs = model.apply(params, pyramid, train=True)
+            losses = {name: task.loss(outputs[name], batch) for name, task in built.items()}
+            kept = {n: jnp.where(batch[f"{n}/mask"], v, 0.0) for n, v in losses.items()}
+            return sum(v.sum() for v in kept.values()), (losses, outputs)
+
+        (_, (losses, outputs)), gradient = jax.value_and_grad(total, has_aux=True)(params)
+        chances = {name: task.probabilities(outputs[name][0]) for name, task in built.items()}
+        return losses, gradient, outputs, chances
+
+    return params, run
+
+
+def test_all_tasks_train_in_one_step(built, program, pyramid):
+    params, run = program
+    losses, gradient, outputs, _ = run(params, batch_of())
+    for name, task in built.items():
+        assert losses[name].shape == (B,), name
+        assert np.isfinite(losses[name]).all(), name
+        first = outputs[name][0]
+        assert first.shape == ((B, task.outputs) if task.kind == "case" else (B, *S, task.outputs)), name
+        leaves = jax.tree.leaves(gradient["params"][f"heads_{name}"])
+        assert all(np.isfinite(g).all() for g in leaves), name
+        assert any((np.asarray(g) != 0).any() for g in leaves), name
+
+
+def test_a_batch_without_labels_moves_nothing(program):
+    params, run = program
+    for values in (batch_of(), {k: np.zeros_like(v) for k, v in batch_of().items()}):
+        blank = {**values, "spacing": np.ones((B, 3), np.float32)}
+        blank |= {k: np.zeros_like(v) for k, v in blank.items() if k.endswith("/mask")}
+        losses, gradient, _, _ = run(params, blank)
+        assert all(np.isfinite(v).all() for v in losses.values())
+        assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(gradient))
+
+
+def test_unknown_entries_do_not_count(program):
+    """Example 2 knows nothing of these tasks but its own mask: its loss is 0 whatever the network says."""
+    params, run = program
+    losses, *_ = run(params, batch_of())
+    for name in ("signs", "age", "volumes"):
+        assert losses[name][2] == 0, name
+
+
+def test_ignored_voxels_do_not_count(program):
+    params, run = program
+    batch = batch_of()
+    one, *_ = run(params, batch)
+    blank = {**batch, "labels/target": np.full_like(batch["labels/target"], 255)}
+    blank["regions/target"] = blank["labels/target"]
+    none, gradient, _, _ = run(params, blank)
+    for name in ("labels", "regions"):
+        assert (np.asarray(one[name]) > 0.1).all()
+        leaves = jax.tree.leaves(gradient["params"][f"heads_{name}"])
+        assert all((np.asarray(g) == 0).all() for g in leaves), name
+    assert (np.asarray(none["other"]) == np.asarray(one["other"])).all()
+
+
+def test_outputs_become_probabilities(built, program):
+    params, run = program
+    _, _, outputs, chances = run(params, batch_of())
+    for name, task in built.items():
+        p = np.asarray(chances[name])
+        assert p.shape[:-1] == outputs[name][0].shape[:-1]
+        if isinstance(task, Classification):
+            assert p.shape[-1] == len(task.names)
+            assert ((p >= 0) & (p <= 1)).all()
+            if task.problem != "multilabel":
+                np.testing.assert_allclose(p.sum(-1), 1, rtol=1e-5)
+        decoded = task.decode(p[0])
+        rows = task.table(decoded)
+        assert all(isinstance(v, str | int | float) for row in rows for v in row.values()), name
+        if task.kind == "case":
+            assert rows
+
+
+def test_options_are_the_fields(built):
+    for kind in tasks.TASKS:
+        found = tasks.options(kind)
+        assert "weight" in found
+        assert not {"name", "labels"} & set(found)
+    assert {t.kind for t in built.values()} == {"dense", "findings", "case"}
+    for task in built.values():
+        names = {f.name for f in dataclasses.fields(task)}
+        for method in ("head", "fit", "prepare", "loss", "probabilities", "decode", "reference", "score", "summarize"):
+            assert callable(getattr(task, method))
+            assert method not in names
+        assert len(task.odd) == 3
+    with pytest.raises(UserError, match="task type 'segment' is not known"):
+        tasks.build({"a": {"type": "segment"}}, LABELS)
+
+
+def test_heads():
+    rng = np.random.default_rng(0)
+    pyramid = [jnp.asarray(rng.normal(size=(2, 8 // f, 8 // f, 4, 3)), jnp.float32) for f in (1, 2)]
+    head = PooledHead(2, levels=1, pool="both", start=(1.0, -1.0))
+    variables = jax.jit(head.init)(jax.random.key(0), pyramid)
+    (found,) = jax.jit(head.apply)(variables, pyramid)
+    kernel, bias = variables["params"]["dense"]["kernel"], variables["params"]["bias"]
+    coarse = np.asarray(pyramid[1])
+    pooled = np.concatenate([coarse.mean((1, 2, 3)), coarse.max((1, 2, 3))], -1)
+    np.testing.assert_allclose(found, pooled @ kernel + bias, rtol=1e-5, atol=1e-6)
+    assert bias.tolist() == [1, -1]
+    shared = PooledHead(3, shared=True)
+    (steps,) = shared.apply(shared.init(jax.random.key(0), pyramid), pyramid)
+    np.testing.assert_allclose(steps, np.broadcast_to(steps[:, :1], (2, 3)))
+    dropped = PooledHead(2, dropout=0.5)
+    variables = dropped.init(jax.random.key(0), pyramid, train=True)
+    one, two = (dropped.apply(variables, pyramid, train=True, rngs={"dropout": jax.random.key(i)})[0] for i in (1, 2))
+    assert (one != two).any()
+    np.testing.assert_array_equal(*(dropped.apply(variables, pyramid)[0] for _ in "ab"))
+    # A coarse voxel's offset points from its own centre, whichever fine voxel it is read at.
+    heat = HeatHead(4, features=2, level=1, start=(-4.0, 0.0, 0.0, 0.0), offset=1)
+    variables = jax.tree.map(jnp.zeros_like, heat.init(jax.random.key(0), pyramid))
+    (found,) = heat.apply(variables, pyramid)
+    assert found.shape == (2, 8, 8, 4, 4)
+    places = np.stack(np.meshgrid(np.arange(8), np.arange(8), np.arange(4), indexing="ij"), -1) + found[0, ..., 1:]
+    np.testing.assert_allclose(places[..., 0][:, 0, 0], np.repeat([0.5, 2.5, 4.5, 6.5], 2))
+    np.testing.assert_allclose(places[..., 2][0, 0], np.arange(4))
+
+
+# ------------------------------------------------------------------------------------------------------- segmentation
+
+
+def known(*values, columns=(), shape=(8, 8, 8)) -> list[Known]:
+    return [Known(f"c{i}", np.asarray(v), shape, columns) for i, v in enumerate(values)]
+
+
+def test_segmentation_scores_without_ignored_voxels():
+    rng = np.random.default_rng(0)
+    reference = rng.choice([0, 1, 2, 4], (12, 12, 12)).astype(np.uint8)
+    prediction = np.where(rng.random(reference.shape) < 0.8, reference, 0).astype(np.uint8)
+    blind = rng.random(reference.shape) < 0.2
+    for regions in ({}, REGIONS):
+        task = Segmentation("t", LABELS, regions=regions, ignore=255, lesions=True, centreline=True)
+
+        def shaped(labels, task=task, regions=regions):
+            return np.stack([np.isin(labels, v) for v in task.classes.values()], -1) if regions else labels
+
+        marked = task.score(shaped(prediction), np.where(blind, 255, reference).astype(np.uint8), (1, 1, 1))
+        gone = task.score(shaped(np.where(blind, 0, prediction)), np.where(blind, 0, reference), (1, 1, 1))
+        assert marked == gone
+        summary = task.summarize([{"case": "a", **row} for row in marked])
+        assert set(summary) >= {"dice", "hd95", "nsd", "assd", "cldice", "lesion_dice", "lesion_f1", "volume_low_ml"}
+        assert task.selection(summary) == pytest.approx(summary["dice"]["mean"])
+
+
+def test_segmentation_learns_class_weights(capsys):
+    mask = np.zeros((8, 8, 8), np.uint8)
+    mask[0], mask[1, 0] = 1, 2
+    mask[7] = 255
+    task = Segmentation("t1", LABELS, balance="inverse", ignore=255)
+    learnt = task.fit(known(mask, mask))
+    counts = np.array([512 - 64 - 64 - 8, 64, 8, 0])
+    weights = np.array(learnt["class_weights"])
+    np.testing.assert_allclose(weights[:3] * counts[:3], counts.sum() / 3)
+    assert "no training case has enhancing" in capsys.readouterr().err
+    assert dataclasses.replace(task, **learnt).fit(known(mask)) == {}
+    assert Segmentation("t2", LABELS).fit(known(np.where(mask == 0, 4, mask))) == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"regions": {"a": ()}}, r"regions\.a needs a list of labels"),
+        ({"regions": {"a": "core"}}, "needs a list of labels"),
+        ({"regions": {"a": ("core", "core")}}, "each once"),
+        ({"regions": {"a": ("cores",)}}, "no label 'cores'"),
+        ({"voxelwise": "topk"}, "voxelwise='topk' is not known; known: ce, focal, top_k"),
+        ({"overlap": "iou"}, "overlap='iou'"),
+        ({"class_weights": (1.0,)}, "1 weights for 4 outputs"),
+        ({"ignore": 4}, "ignore=4 is the value of a label"),
+        ({"balance": "all"}, "balance='all'"),
+    ],
+)
+def test_segmentation_refuses(options, message):
+    with pytest.raises(UserError, match=message):
+        Segmentation("t", LABELS, **options)
+
+
+# ----------------------------------------------------------------------------------------------------- classification
+
+
+def scored(task, probabilities, truths) -> list[dict]:
+    rows = []
+    for case, (p, t) in enumerate(zip(probabilities, truths, strict=True)):
+        rows += [{**row, "case": case, "group": case} for row in task.score(task.decode(p), np.asarray(t), (1, 1, 1))]
+    return rows
+
+
+def test_binary_classification_of_a_cohort():
+    task = Classification("t", ("benign", "malignant"), "binary")
+    p = np.array([0.9, 0.8, 0.3, 0.6, 0.2, 0.1])
+    truths = [1, 1, 1, 0, 0, 0]
+    decoded = task.decode([0.1, 0.9])
+    assert decoded == {"benign": 0.1, "malignant": 0.9}
+    assert task.called(decoded) == ("malignant",)
+    rows = scored(task, np.stack([1 - p, p], 1), truths)
+    assert [row["class"] for row in rows] == ["malignant"] * 6
+    found = {k: v["mean"] for k, v in task.summarize(rows).items()}
+    assert found["auroc"] == pytest.approx(8 / 9)
+    assert found["sensitivity"] == found["specificity"] == pytest.approx(2 / 3)
+    assert found["sensitivity_at_0.9"] == pytest.approx(2 / 3)
+    assert found["accuracy"] == found["balanced_accuracy"] == pytest.approx(4 / 6)
+    assert found["kappa"] == pytest.approx(1 / 3)
+    assert found["brier"] == pytest.approx(((p - truths) ** 2).mean())
+    assert task.selection(task.summarize(rows)) == pytest.approx(8 / 9)
+    one = task.summarize(rows[:1])
+    assert one["auroc"]["mean"] is None
+    assert task.selection(one) == 1.0  # no AUROC of one class: the balanced accuracy stands in
+    assert task.selection(task.summarize([])) == 0.0
+
+
+def test_classes_of_a_cohort_and_calibration():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 1.5, (400, 3))
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    truths = (rng.random((400, 1)) > p.cumsum(1)).sum(1)
+    task = Classification("t", ("a", "b", "c"))
+    sure = np.exp(2 * logits) / np.exp(2 * logits).sum(1, keepdims=True)
+    rows = scored(task, sure[:60], truths[:60])
+    summary = task.summarize(rows)
+    assert summary["accuracy"]["mean"] == pytest.approx((sure[:60].argmax(1) == truths[:60]).mean())
+    assert set(summary["auroc"]["per_class"]) == {"a", "b", "c"}
+    assert task.calibrate(scored(task, sure, truths)) == pytest.approx(2, rel=0.2)
+    cool = dataclasses.replace(task, temperature=2.0)
+    np.testing.assert_allclose(cool.probabilities(jnp.asarray(2 * logits)), p, rtol=1e-4)
+    ordinal = Classification("t", ("I", "II", "III"), "ordinal")
+    assert ordinal.called({"I": 0.4, "II": 0.15, "III": 0.45}) == ("II",)
+    kappa = ordinal.summarize(scored(ordinal, sure[:60], truths[:60]))["kappa"]["mean"]
+    assert kappa is not None
+    many = Classification("t", ("x", "y"), "multilabel")
+    rows = scored(many, [[0.9, 0.2], [0.1, 0.8], [0.3, 0.4]], [[1, 0], [0, math.nan], [1, 1]])
+    assert [(row["class"], row["reference"]) for row in rows] == [("x", 1), ("y", 0), ("x", 0), ("x", 1), ("y", 1)]
+    assert many.summarize(rows)["auroc"]["mean"] == 1
+    assert many.called({"x": 0.2, "y": 0.1}) == ()
+
+
+def test_classification_learns_class_weights_and_refuses():
+    task = Classification("t", ("a", "b", "c"), balance="inverse")
+    assert task.fit(known(0, 0, 1, 2)) == {"class_weights": pytest.approx((2 / 3, 4 / 3, 4 / 3))}
+    binary = Classification("t", ("no", "yes"), "binary", balance="inverse")
+    assert binary.fit(known(0, 0, 0, 1)) == {"class_weights": pytest.approx((3.0,))}
+    many = Classification("t", ("x", "y"), "multilabel", balance="inverse")
+    learnt = many.fit(known([0.0, 1.0], [0.0, np.nan], [1.0, 0.0]))
+    assert learnt == {"class_weights": pytest.approx((2.0, 1.0))}
+    with pytest.raises(UserError, match="case c1 is of class 3; the task has 0 to 2"):
+        task.fit(known(0, 3))
+    with pytest.raises(UserError, match="every training case is 'b'"):
+        task.fit(known(1, 1))
+    with pytest.raises(UserError, match="each 0, 1 or NaN"):
+        many.fit(known([0.0, 2.0]))
+    with pytest.raises(UserError, match="'y' is unknown in every training case"):
+        many.fit(known([0.0, np.nan], [1.0, np.nan]))
+    for options, message in (
+        ({"names": ("a",)}, "2 or more different names"),
+        ({"names": ("a", "a")}, "different names"),
+        ({"names": ("a", "b", "c"), "problem": "binary"}, "binary answer has two"),
+        ({"names": ("a", "b"), "problem": "multi"}, "problem='multi'"),
+        ({"names": ("a", "b"), "pool": "avg"}, "pool='avg'"),
+        ({"names": ("a", "b"), "class_weights": (1.0,)}, "needs 2 numbers"),
+        ({"names": ("a", "b"), "temperature": 0.0}, "above 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Classification("t", **options)
+
+
+def test_a_class_absent_from_training_is_noted(capsys):
+    Classification("few", ("a", "b", "c")).fit(known(0, 1))
+    assert "no training case is c" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------- regression
+
+
+def test_regression_learns_its_scale_and_reads_in_its_unit():
+    task = Regression("ef", unit="%", uncertainty="gaussian")
+    learnt = task.fit(known(50.0, 60.0, 70.0))
+    assert learnt["centre"] == (60.0,)
+    task = dataclasses.replace(task, **learnt)
+    sd = learnt["scale"][0]
+    decoded = task.decode(np.asarray(task.probabilities(jnp.array([1.0, 0.0]))))
+    assert decoded["ef"]["value"] == pytest.approx(60 + sd, rel=1e-5)
+    assert decoded["ef"]["high"] - decoded["ef"]["value"] == pytest.approx(1.96 * sd, rel=1e-3)
+    assert task.table(decoded)[0] == {"class": "ef", **decoded["ef"], "unit": "%"}
+    batch = task.prepare(jax.random.key(0), {"ef/target": jnp.array([60.0, 60 + sd])})
+    np.testing.assert_allclose(batch["ef/target"], [[0], [1]], atol=1e-5)
+    rows = []
+    for case, (value, truth) in enumerate([(52.0, 50.0), (61.0, 60.0), (67.0, 70.0), (60.0, math.nan)]):
+        outputs = [value, value - 4, value + 2.5]
+        rows += [{**row, "case": case} for row in task.score(task.decode(outputs), np.float32(truth), (1, 1, 1))]
+    assert len(rows) == 3
+    found = {k: v["mean"] for k, v in task.summarize(rows).items()}
+    assert found["mae"] == pytest.approx(2)
+    assert found["bias"] == pytest.approx(0)
+    assert found["coverage"] == pytest.approx(2 / 3)
+    assert found["r2"] == pytest.approx(1 - 14 / 200)
+    assert task.selection(task.summarize(rows)) == pytest.approx(1 / (1 + 2 / sd))
+    assert task.selection(task.summarize([])) == 0
+
+
+def test_regression_of_several_numbers_and_refusals():
+    task = Regression("v", ("lv", "rv"), uncertainty="quantiles", interval=0.8)
+    assert task.width == 2
+    assert task.outputs == 6
+    learnt = task.fit(known([1.0, np.nan], [3.0, 5.0], [5.0, 9.0]))
+    assert learnt["centre"] == (3.0, 7.0)
+    p = np.asarray(task.probabilities(jnp.zeros((4, 6))))
+    assert p.shape == (4, 6)
+    found = task.decode(p[0])
+    for name in ("lv", "rv"):
+        assert found[name]["low"] < found[name]["value"] < found[name]["high"]
+    assert set(Regression("n").decode([1.0, math.nan, math.nan])["n"]) == {"value"}
+    with pytest.raises(UserError, match=r"case c0 has \[1.0\]"):
+        task.fit(known([1.0]))
+    with pytest.raises(UserError, match="finite"):
+        Regression("n").fit(known(math.inf, 1.0))
+    with pytest.raises(UserError, match="unknown in every training case"):
+        Regression("n").fit(known(math.nan, math.nan))
+    with pytest.raises(UserError, match="is 2 in every training case"):
+        Regression("n").fit(known(2.0, 2.0))
+    for options, message in (
+        ({"uncertainty": "bayes"}, "uncertainty='bayes'"),
+        ({"interval": 1.0}, "interval=1.0"),
+        ({"centre": (1.0, 2.0)}, "centre needs 1"),
+        ({"scale": (0.0,)}, "above 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Regression("n", **options)
+
+
+# -------------------------------------------------------------------------------------------------------- all of them
+
+
+def test_fit_names_the_task_that_has_no_target():
+    config = {"grade": {"type": "classification", "names": ("a", "b")}, "ef": {"type": "regression"}}
+    built = tasks.build(config, {})
+    with pytest.raises(
+        UserError, match="task 'grade': no training case has a target of that name; did you mean 'grad'"
+    ):
+        tasks.fit(config, built, {"grad": known(0, 1), "ef": known(1.0, 2.0)})
+    with pytest.raises(UserError, match="task 'ef'"):
+        tasks.fit(config, built, {"grade": known(0, 1), "ef": []})
+    learnt = tasks.fit(config, built, {"grade": known(0, 1), "ef": known(1.0, 3.0)})
+    assert learnt == {"grade": {}, "ef": {"centre": (2.0,), "scale": (1.0,)}}
+    again = {name: {**config[name], **learnt[name]} for name in config}
+    rebuilt = tasks.build(again, {})
+    assert rebuilt["ef"].centre == (2.0,)
+    assert tasks.fit(again, rebuilt, {"grade": known(0, 1), "ef": known(5.0, 9.0)})["ef"] == {}
+    with pytest.raises(UserError, match="no tasks"):
+        tasks.build({}, {})

@@ -1,0 +1,340 @@
+"""Detection and landmarks: places from masks, targets and decoding that agree, world millimetres, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from medjax.errors import UserError
+from medjax.tasks import Known, findings
+from medjax.tasks.common import Found
+from medjax.tasks.detection import Detection
+from medjax.tasks.landmark import Landmark
+
+S = (24, 20, 16)
+SPACING = (1.0, 1.5, 2.0)
+
+
+def ellipsoid(centre, size, shape=S, spacing=SPACING) -> np.ndarray:
+    """Voxels of an ellipsoid; centre in voxels, size in mm."""
+    grid = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
+    parts = zip(grid, centre, size, spacing, strict=True)
+    return sum(((g - c) * s / (d / 2)) ** 2 for g, c, d, s in parts) <= 1
+
+
+def oblique() -> SimpleNamespace:
+    """A grid turned by 30 degrees about z, its first axis reversed."""
+    a = math.radians(30)
+    turn = np.array([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0], [0, 0, 1]])
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.diag([-1.0, 1.5, 2.0])
+    affine[:3, 3] = (40, -20, 7)
+    return SimpleNamespace(affine=affine)
+
+
+locate = jax.jit(findings.locate, static_argnums=1)
+
+
+def test_places_and_sizes_come_from_the_mask():
+    centres = np.array([[10.3, 9.8, 7.6], [18.0, 4.0, 5.0]])
+    sizes = np.array([[10.0, 12.0, 14.0], [7.0, 7.0, 9.0]])
+    mask = np.zeros((2, *S), np.uint16)
+    for i, (c, d) in enumerate(zip(centres, sizes, strict=True)):
+        mask[0][ellipsoid(c, d)] = i + 1
+    mask[1][ellipsoid((0, 10, 8), (9, 9, 9))] = 2
+    found = locate(mask, 3)
+    assert found.state.tolist() == [[findings.WHOLE, findings.WHOLE, findings.ABSENT], [0, findings.CUT, 0]]
+    np.testing.assert_allclose(found.centre[0, :2], centres, atol=0.25)
+    np.testing.assert_allclose(found.size[0, :2] * np.array(SPACING), sizes, rtol=0.1)
+    mirrored = locate(mask[:, ::-1], 3)
+    np.testing.assert_allclose(mirrored.centre[0, :2, 0], S[0] - 1 - found.centre[0, :2, 0], rtol=1e-4)
+    none = locate(mask, 0)
+    assert none.centre.shape == (2, 0, 3)
+
+
+def test_one_voxel_is_a_finding_of_one_voxel():
+    mask = np.zeros((1, *S), np.uint16)
+    mask[0, 3, 4, 5] = 1
+    found = locate(mask, 1)
+    assert found.centre[0, 0].tolist() == [3, 4, 5]
+    assert found.size[0, 0].tolist() == [1, 1, 1]
+
+
+def test_heat_maps_and_states():
+    centre = jnp.array([[[5.0, 6.0, 7.0], [15.0, 6.0, 7.0]]])
+    heat = findings.heat_maps(S, centre, jnp.full((1, 2, 3), 2.0), jnp.array([[0, -1]]), 2)
+    assert heat.shape == (1, *S, 2)
+    assert float(heat[0, 5, 6, 7, 0]) == 1
+    assert float(heat[0, 7, 6, 7, 0]) == pytest.approx(math.exp(-0.5))
+    assert float(heat[0, 15, 6, 7, 0]) < 1e-3  # it is of no map
+    assert float(heat[..., 1].max()) == 0
+    mask = np.zeros((1, *S), np.uint16)
+    mask[0, 0], mask[0, 1] = 1, 2
+    state = findings.state_of(jnp.asarray(mask), jnp.array([[2, 1]]))
+    assert state[0, :3, 0, 0].tolist() == [2, 1, 0]
+
+
+def test_peaks():
+    rng = np.random.default_rng(0)
+    heat = rng.random(S).astype(np.float32)
+    padded = np.pad(heat, 1, constant_values=-1)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3, 3)).max((3, 4, 5))
+    expected = {tuple(v) for v in np.argwhere((heat >= windows) & (heat >= 0.5))}
+    found = findings.peaks(heat, 0.5)
+    assert {tuple(v) for v in found} == expected
+    assert (np.diff(heat[tuple(found.T)]) <= 0).all()
+    assert len(findings.peaks(heat, 2.0)) == 0
+    assert len(findings.peaks(np.ones((4, 4, 4)), 0.5)) == 64
+    assert len(findings.peaks(np.ones((4, 4, 4)), 0.5, limit=10)) == 10
+
+
+TASK = Detection(
+    "t",
+    ("solid", "ground glass"),
+    attributes=(("malignant", "binary"), ("spiculation", "number"), ("texture", 3)),
+    columns=("malignant", "spiculation", "texture"),
+    typical=8.0,
+    moments=((0, 1), (3.0, 2.0), (0, 1)),
+    giou=0.5,
+)
+TRUTH = np.array(  # centre, size, label, malignant, spiculation, texture
+    [
+        [6.3, 5.2, 4.1, 8.0, 9.0, 10.0, 1, 1, 4.0, 2],
+        [16.4, 13.5, 9.7, 6.0, 7.0, 8.0, 1, 0, 1.5, 0],
+        [15.0, 5.0, 10.0, 9.0, 8.0, 7.0, 2, np.nan, np.nan, 1],
+    ]
+)
+
+
+def batch_of(rows: np.ndarray, columns: int = 10) -> dict[str, np.ndarray]:
+    mask = np.zeros((1, *S), np.uint16)
+    for i, row in enumerate(rows):
+        mask[0][ellipsoid(row[:3], np.maximum(row[3:6], 0.1))] = i + 1
+        mask[(0, *np.rint(row[:3]).astype(int))] = i + 1
+    table = np.full((1, len(rows) + 1, columns), np.nan, np.float32)
+    table[0, :-1] = rows[:, :columns]
+    return {"t/target": mask, "t/table": table, "t/mask": np.ones(1, bool), "spacing": np.array([SPACING], np.float32)}
+
+
+def best_outputs(task, batch, steps: int) -> np.ndarray:
+    """Outputs that the loss is content with, found by descent on the outputs themselves; [X, Y, Z, K] probabilities."""
+    start = jnp.zeros((1, *S, task.outputs)).at[..., : len(task.names)].set(-4.0)
+    tx = optax.adam(optax.cosine_decay_schedule(0.5, steps))
+
+    @jax.jit
+    def descend(x):
+        prepared = task.prepare(jax.random.key(0), batch)
+
+        def step(carry, _):
+            x, state = carry
+            gradient = jax.grad(lambda x: task.loss([x], prepared).sum())(x)
+            updates, state = tx.update(gradient, state)
+            return (x + updates, state), None
+
+        (x, _), _ = jax.lax.scan(step, (x, tx.init(x)), length=steps)
+        return task.probabilities(x), task.loss([x], prepared)
+
+    probabilities, loss = descend(start)
+    assert np.isfinite(loss).all()
+    return np.asarray(probabilities)[0]
+
+
+def test_what_the_loss_asks_for_is_what_is_decoded():
+    """The best outputs are read as the truth: place and size in world millimetres, class and attributes."""
+    outputs = best_outputs(TASK, batch_of(TRUTH), 150)
+    geometry = oblique()
+    found = TASK.decode(outputs, geometry)
+    assert len(found) == 3
+    reference = TASK.reference(np.concatenate([TRUTH, np.full((1, 10), np.nan)]), geometry)
+    assert reference.shape == (3, 10)
+    # Sizes of the reference are along the world's axes already; turn the grid's as the decoder does.
+    reference[:, 3:6] = findings.sizes_to_world(TRUTH[:, 3:6], geometry.affine)
+    rows = TASK.score(found, reference, SPACING)
+    assert [row["event"] for row in rows] == ["hit"] * 3
+    for row in rows:
+        assert row["score"] > 0.9
+        assert row["error_mm"] < 0.7
+        assert row["size_mm"] == pytest.approx(row["reference_size_mm"], rel=0.12)
+    first, second, other = rows
+    assert (first["malignant"] > 0.9, second["malignant"] < 0.1) == (True, True)
+    assert first["spiculation"] == pytest.approx(4.0, abs=0.2)
+    assert second["spiculation"] == pytest.approx(1.5, abs=0.2)
+    assert (first["texture"], second["texture"], other["texture"]) == pytest.approx((2, 0, 1), abs=0.15)
+    assert math.isnan(other["malignant_reference"])
+    summary = TASK.summarize([{**row, "case": 0} for row in rows])
+    assert summary["cpm"]["mean"] == 1
+    assert summary["malignant_auroc"]["per_class"]["solid"]["mean"] == 1
+    assert TASK.selection(summary) == 1
+    table = TASK.table(found)
+    assert table[0].keys() >= {"class", "score", "x_mm", "size_z_mm", "malignant", "texture"}
+    place = geometry.affine @ [*TRUTH[0, :3], 1]
+    assert any(np.linalg.norm(np.subtract(one.center, place[:3])) < 0.7 for one in found)
+
+
+def test_sizes_on_a_turned_grid():
+    affine = oblique().affine
+    ball = findings.sizes_to_world(np.array([[6.0, 6.0, 6.0]]), affine)
+    np.testing.assert_allclose(ball, 6)
+    rod = findings.sizes_to_world(np.array([[10.0, 0.0, 2.0]]), affine)
+    np.testing.assert_allclose(rod, [[10 * math.cos(math.pi / 6), 5.0, 2.0]])
+
+
+def found(label, score, x, size=6.0, malignant=0.5) -> Found:
+    return Found(label, score, (x, 0.0, 0.0), (size,) * 3, {"malignant": malignant})
+
+
+SIMPLE = Detection("t", ("a", "b"), attributes=(("malignant", "binary"),))
+
+
+def test_scores_of_a_cohort():
+    lesion = [0, 0, 0, 6, 6, 6, 1, 1]
+    cases = {
+        "one": ([found("a", 0.9, 1.0), found("a", 0.8, 2.0), found("a", 0.4, 50.0)], [lesion]),
+        "two": ([found("a", 0.6, 30.0)], [lesion]),
+        "three": ([], []),
+        "four": ([found("b", 0.7, 0.0)], [[*lesion[:6], 2, 0]]),
+    }
+    rows = []
+    for case, (prediction, reference) in cases.items():
+        table = np.array(reference, float).reshape(-1, 8)
+        rows += [{**row, "case": case, "group": case} for row in SIMPLE.score(prediction, table, (1, 1, 1))]
+    events = {(row["case"], row["class"]): [] for row in rows}
+    for row in rows:
+        events[row["case"], row["class"]].append(row["event"])
+    assert events["one", "a"] == ["hit", "false"]  # the second finding of the lesion counts neither way
+    assert events["two", "a"] == ["missed", "false"]
+    assert events["three", "a"] == events["three", "b"] == ["none"]
+    summary = SIMPLE.summarize(rows)
+    a = {k: v["per_class"]["a"]["mean"] for k, v in summary.items()}
+    # Two lesions, four scans: one found at 0.9 before any false one; false ones at 0.6 and 0.4.
+    assert a["cpm"] == a["sensitivity_at_1"] == 0.5
+    assert a["error_mm"] == 1
+    assert a["average_precision"] == 0.5
+    assert summary["cpm"]["per_class"]["b"]["mean"] == 1
+    assert summary["cpm"]["mean"] == 0.75
+    nothing = SIMPLE.summarize([r for r in rows if r["event"] in ("none", "missed")])
+    assert nothing["cpm"]["per_class"]["a"]["mean"] == 0
+    assert nothing["cpm"]["per_class"]["b"]["mean"] is None
+    assert SIMPLE.selection(SIMPLE.summarize([])) == 0
+
+
+def test_overlapping_findings_are_one():
+    heat = np.zeros((*S, 8), np.float32)
+    heat[..., 4:7] = 6.0
+    heat[10, 10, 8, 0], heat[12, 10, 8, 0], heat[3, 3, 3, 0] = 0.9, 0.8, 0.7
+    task = Detection("t", ("a", "b"))
+    assert [round(one.score, 2) for one in task.decode(heat)] == [0.9, 0.7]
+    assert len(dataclasses.replace(task, iou=0.9).decode(heat)) == 3
+    assert len(dataclasses.replace(task, score_from=0.75).decode(heat)) == 1
+    assert len(dataclasses.replace(task, limit=1).decode(heat)) == 1
+
+
+def known(*tables, columns=("malignant",)) -> list[Known]:
+    return [
+        Known(f"c{i}", np.asarray(t, np.float32).reshape(-1, 7 + len(columns)), S, columns)
+        for i, t in enumerate(tables)
+    ]
+
+
+def test_detection_learns_and_refuses():
+    rows = [[5, 5, 5, 4, 4, 4, 1, 0], [9, 9, 9, 9, 9, 9, 2, 1]]
+    learnt = SIMPLE.fit(known(rows, []))
+    assert learnt["columns"] == ("malignant",)
+    assert learnt["typical"] == pytest.approx(6)
+    rated = Detection("t", ("a", "b"), attributes=(("malignant", "number"),))
+    assert rated.fit(known(rows))["moments"] == ((0.5, 0.5),)
+
+    def with_(column, value):
+        changed = [list(row) for row in rows]
+        changed[1][column] = value
+        return known(changed)
+
+    for wrong, message in (
+        (with_(0, 24.0), r"case c0, finding 2: its centre, voxel \(24.0, 9.0, 9.0\), lies outside the volume"),
+        (with_(2, math.nan), "must be finite"),
+        (with_(4, -1.0), "not negative"),
+        (with_(6, 3), r"label 3; the task has 1 to 2 \(a, b\)"),
+        (with_(7, 2), "attribute 'malignant' is 2 in some finding; it takes 0 to 1"),
+        (known(rows, columns=("texture",)), "no finding has an attribute 'malignant'; there are: texture"),
+        (known([]), "no training case has a finding"),
+        (known([[*row[:7], math.nan] for row in rows]), "unknown in every finding"),
+    ):
+        with pytest.raises(UserError, match=message):
+            SIMPLE.fit(wrong)
+    for options, message in (
+        ({"names": ()}, "1 or more different names"),
+        ({"attributes": ("malignant",)}, "must be a pair"),
+        ({"attributes": (("malignant", 1),)}, "must be a pair"),
+        ({"attributes": (("score", "number"),)}, "be none of"),
+        ({"heat": "mse"}, "heat='mse'"),
+        ({"box": "l2"}, "box='l2'"),
+        ({"rule": "touch"}, "rule='touch'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Detection("t", **options)
+
+
+# ---------------------------------------------------------------------------------------------------------- landmarks
+
+POINTS = Landmark("t", ("left", "right", "apex"), sigma=2.0, tolerance=2.0)
+
+
+def test_landmarks_are_read_where_they_are():
+    truth = np.array([[6, 5, 4, 0, 0, 0, 1], [16, 13, 9, 0, 0, 0, 2]], float)
+    batch = batch_of(truth, 7)
+    outputs = best_outputs(POINTS, batch, 120)
+    assert outputs[..., 2].max() < 0.02  # unknown in this case: nothing has moved it
+    geometry = SimpleNamespace(affine=np.diag([*SPACING, 1.0]))
+    located = POINTS.decode(outputs, geometry)
+    reference = POINTS.reference(truth, geometry)
+    rows = POINTS.score(located, reference, SPACING)
+    assert [row["class"] for row in rows] == ["left", "right"]
+    for row in rows:
+        assert row["error_mm"] < 0.3
+        assert row["score"] > 0.8
+    summary = POINTS.summarize([{**row, "case": 0} for row in rows])
+    assert summary["found"]["mean"] == 1
+    assert POINTS.selection(summary) > 0.85
+    assert POINTS.table(located)[0].keys() == {"class", "score", "x_mm", "y_mm", "z_mm"}
+
+
+def test_the_centroid_is_finer_than_the_grid():
+    """A bump between voxels is read where it is."""
+    centre = np.array([10.4, 8.7, 7.2])
+    heat = np.asarray(findings.gaussian(S, jnp.asarray(centre[None]), 2.0 / jnp.array([SPACING])))[0]
+    (one,) = Landmark("t", ("a",), sigma=2.0).decode(heat[..., None], SimpleNamespace(affine=np.diag([*SPACING, 1.0])))
+    np.testing.assert_allclose(np.array(one.center) / SPACING, centre, atol=0.15)
+
+
+def test_a_missed_landmark_never_improves_the_mean():
+    reference = np.array([[1, 2, 3, 0, 0, 0, 1], [5, 5, 5, 0, 0, 0, 3]], float)
+    rows = POINTS.score([Found("left", 0.9, (1.0, 2.0, 4.0), (0.0,) * 3, {})], reference, SPACING)
+    assert [(row["class"], row["error_mm"], row["found"]) for row in rows] == [("left", 1, 1), ("apex", 100, 0)]
+    quiet = dataclasses.replace(POINTS, score_from=0.5)
+    assert quiet.decode(np.full((*S, 3), 0.1, np.float32)) == []
+    assert POINTS.selection(POINTS.summarize([])) == 0
+
+
+def test_landmark_refuses():
+    def table(*rows):
+        return [Known("c", np.array(rows, float).reshape(-1, 7), S, ())]
+
+    assert POINTS.fit(table([1, 2, 3, 0, 0, 0, 1], [1, 2, 3, 0, 0, 0, 2], [4, 4, 4, 0, 0, 0, 3])) == {}
+    for wrong, message in (
+        (table([1, 2, 3, 0, 0, 0, 4]), "case c has a landmark 4; the task has 1 to 3"),
+        (table([1, 2, 3, 0, 0, 0, 1], [1, 2, 4, 0, 0, 0, 1]), "twice"),
+        (table([1, 2, 30, 0, 0, 0, 1]), "outside its volume"),
+        (table([1, 2, math.nan, 0, 0, 0, 1]), "outside its volume"),
+        (table(), "no training case has a landmark"),
+    ):
+        with pytest.raises(UserError, match=message):
+            POINTS.fit(wrong)
+    with pytest.raises(UserError, match="sigma=0.0 must be above 0"):
+        Landmark("t", ("a",), sigma=0.0)
