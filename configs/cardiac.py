@@ -60,7 +60,7 @@ def get_config(arg=None):
         {"name": "adamw", "lr": 3e-3, "weight_decay": 1e-2, "schedule": "cosine", "warmup": "50 steps", "ema": 0.997}
     )
     config.train = ConfigDict(
-        {"total": "1300 steps", "eval_every": "650 steps", "checkpoint_every": "325 steps", "precision": "bfloat16"}
+        {"total": "1000 steps", "eval_every": "500 steps", "checkpoint_every": "250 steps", "precision": "bfloat16"}
     )
     config.eval = ConfigDict({"splits": ("val",)})
     if arg.debug:

@@ -21,7 +21,7 @@ def get_config(arg=None):
         {
             "cohort": "synthetic_lung",
             "options": {"data": arg.data, "held_out": arg.seed % 4, "seed": arg.seed},
-            "images": {"CT": "ct"},
+            "images": {"CT": "image"},
             "targets": {"outline": "mask", "nodules": "nodules"},
             "labels": {"nodule": 1},
             "split": {"column": "split"},

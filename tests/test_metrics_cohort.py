@@ -255,6 +255,9 @@ def test_summary_of_a_cohort():
     assert low < 0.5 < high
     again = stats.summarize_cohort(rows, {"auroc": lambda t: c.auroc(t["p"], t["t"])}, ["a", "b", "c"])["auroc"]
     assert again == summary
+    quick = stats.summarize_cohort(rows, {"auroc": lambda t: c.auroc(t["p"], t["t"])}, ["a"], n=0)["auroc"]
+    assert quick["mean"] == summary["per_class"]["a"]["mean"]
+    assert quick["ci95"] == quick["per_class"]["a"]["ci95"] == [None, None]
 
 
 def test_a_cohorts_mean_has_the_interval_of_the_plain_bootstrap():

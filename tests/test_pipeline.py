@@ -258,6 +258,24 @@ def test_every_kind_of_target() -> None:
     assert source.points[1] == {}
 
 
+@pytest.mark.parametrize("threads", [False, True])
+def test_what_goes_wrong_in_a_row_is_told(source: Source, threads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if threads:
+        monkeypatch.setitem(sys.modules, "tensorflow", None)
+    real = Source.row
+
+    def row(self: Source, number: int, start: Any, patch: Any, example: int, valid: bool) -> Any:
+        if example == 5:
+            raise UserError("case 2: damaged")
+        return real(self, number, start, patch, example, valid)
+
+    monkeypatch.setattr(Source, "row", row)
+    batches = train_batches(source, Sampler(7, 5, 0.5), patch=PATCH, batch_size=2)
+    assert [next(batches)["example"].tolist() for _ in range(2)] == [[0, 1], [2, 3]]
+    with pytest.raises(UserError, match="^case 2: damaged$"):
+        next(batches)
+
+
 def test_memory_stays_flat(source: Source) -> None:
     """Thousands of batches: what a batch takes is given back."""
 

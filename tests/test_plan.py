@@ -152,9 +152,11 @@ class Machine:
         return memory.Trial(net, batch, self.state, self.need(net, batch))
 
 
-def run_search(machine: Machine, budget: float, limit: int = 99) -> tuple[memory.Trial, list[rules.Topology]]:
+def run_search(
+    machine: Machine, budget: float, limit: int = 99, **more: int
+) -> tuple[memory.Trial, list[rules.Topology]]:
     nets = list(rules.sequence((1, 1, 1), (140, 171, 136)))
-    trials = memory.search(nets, int(budget), lambda n: rules.elements(n, 2), machine, lambda _: limit)
+    trials = memory.search(nets, int(budget), lambda n: rules.elements(n, 2), machine, lambda _: limit, **more)
     assert len(trials) == machine.calls
     return trials[-1], nets
 
@@ -178,9 +180,17 @@ def test_the_search_on_a_machine_that_does_not_scale() -> None:
     assert machine.calls <= 8
 
 
+def test_one_patch_at_one_batch() -> None:
+    machine = Machine(1.0)
+    net = rules.topology((1, 1, 1), (64, 64, 64))
+    trials = memory.search([net], 10**10, lambda n: rules.elements(n, 2), machine, lambda _: 7, least=7)
+    assert [(t.net, t.batch) for t in trials] == [(net, 7)]
+
+
 def test_the_batch_keeps_its_limit() -> None:
     assert run_search(Machine(1.0), 100e9, limit=5)[0].batch == 5
     assert run_search(Machine(1.0), 100e9, limit=2)[0].batch == 2
+    assert run_search(Machine(1.0), 100e9, limit=8, least=3, rounds=3)[0].batch == 6
 
 
 def test_nothing_fits() -> None:
@@ -381,7 +391,8 @@ def spheres(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("plan")
     cohort = write_cohort(folder / "cohort")
     narrow = ["--config.model.features=(4,)", "--config.model.convs=1", "--config.model.decoder_convs=1"]
-    run_plan(cohort, "--budget=3MB", f"--out={folder / 'out'}", *narrow)
+    # Without augmentation, which takes longest to compile.
+    run_plan(cohort, "--budget=3MB", f"--out={folder / 'out'}", *narrow, "--config.augment.policy=")
     return cohort, folder / "out"
 
 
@@ -403,8 +414,7 @@ def test_a_plan_fits_its_budget_and_its_recipe_trains(
     config = load(out / "config.py", "fold=2")
     assert config.data.cohort == str(cohort)
     assert config.data.patch == tuple(plan["config"]["data"]["patch"])
-    assert config.augment.policy == "nnunet"
-    assert config.augment.mirror == (0, 1, 2)
+    assert (config.augment.policy, config.augment.mirror) == ("", ())
     assert config.data.split.file == str(out / "split_2.csv")
     with (out / "split_2.csv").open() as file:
         assert {row["split"] for row in csv.DictReader(file)} == {"train", "val"}
@@ -448,9 +458,11 @@ def test_like_nnunet_compiles_nothing(spheres: tuple[Path, Path], tmp_path: Path
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["memory"]["measured_on"] is None
     assert plan["memory"]["decided_by"] == "nnunet"
-    # 8 cases of 21 x 20 x 20: one dimension of headroom, bound by the share of the data set.
+    # 8 cases of 21 x 20 x 20, the batch bound by the share of the data set.
     assert plan["config"]["data"]["patch"] == [24, 20, 20]
     assert plan["config"]["data"]["batch_size"] == 2
+    config = load(tmp_path / "config.py")
+    assert (config.augment.policy, config.augment.mirror) == ("nnunet", (0, 1, 2))
 
 
 def test_the_residual_preset_takes_its_network(spheres: tuple[Path, Path], tmp_path: Path) -> None:
@@ -459,6 +471,15 @@ def test_the_residual_preset_takes_its_network(spheres: tuple[Path, Path], tmp_p
     assert config.model.name == "resenc"
     stages = len(config.model.features)
     assert config.model.blocks == rules.PRESETS["nnunet-resenc-l"].blocks[:stages]
+
+
+def test_a_given_patch_and_batch_stay(spheres: tuple[Path, Path], tmp_path: Path) -> None:
+    narrow = ["--config.model.features=(4,)", "--config.model.convs=1", "--config.augment.policy="]
+    fixed = ["--config.data.patch=(16,16,8)", "--config.data.batch_size=3"]
+    run_plan(spheres[0], "--budget=1GB", f"--out={tmp_path}", *narrow, *fixed)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert [(t["patch"], t["batch_size"]) for t in plan["memory"]["trials"]] == [([16, 16, 8], 3)]
+    assert plan["config"]["data"]["batch_size"] == 3
 
 
 def test_planning_for_a_recipe_keeps_its_own_choices(spheres: tuple[Path, Path], tmp_path: Path) -> None:
@@ -481,9 +502,11 @@ def test_planning_for_a_recipe_keeps_its_own_choices(spheres: tuple[Path, Path],
     [
         (["--budget=8"], "--budget=8: not a size"),
         ([], "--budget is missing"),
-        (["--budget=1kB"], r"smallest patch.*What would help: --budget=.*features.*remat.*bfloat16"),
+        (["--budget=1kB"], r"even the patch.*What would help: --budget=.*features.*remat.*bfloat16"),
         (["--budget=1GB", "--config.data.preprocess.spacing=(40,40,40)"], "too small to be halved"),
         (["--budget=1GB", "--config.data.preprocess.spacing=(1,1)"], "spacing"),
+        (["--budget=1GB", "--config.data.patch=(17,16,16)"], r"data.patch=\(17, 16, 16\).*nearest is \(16, 16, 16\)"),
+        (["--like=nnunet", "--config.data.batch_size=3"], "leave --config.data.batch_size out"),
         (["--budget=1GB", "--patch=3"], "unknown argument '--patch=3'"),
         (["--budget=1GB", "--config.data.ptch=3"], "did you mean 'data.patch'"),
     ],

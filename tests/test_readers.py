@@ -222,7 +222,7 @@ def test_a_decathlon_mask_reaches_every_segmentation_task_and_a_table_adds_the_r
     first, last = cohort.cases[0], cohort.cases[2]
     mask = tmp_path / "lab/p1_a.nii.gz"
     assert first.targets == {"b_organ": mask, "boxes": mask, "a_grade": 1, "both": (1.0, 1.0)}
-    assert (first.group, first.attributes) == ("p1", {"grade": "high", "sex": "M", "x": "1"})
+    assert (first.group, first.attributes) == ("p1", {"patient": "p1", "grade": "high", "sex": "M", "x": "1"})
     assert (last.targets["a_grade"], "both" in last.targets) == (0, False)
     assert cohort.classes["a_grade"] == ("low", "high")
     with pytest.raises(UserError, match="names a column, but there is no table. Set data.table"):
@@ -274,6 +274,7 @@ def test_ids_and_patients_of_a_folder(tmp_path):
     assert {c.group for c in opened(tmp_path, **HEART).cases} == {"p01", "p02"}
     assert {c.group for c in opened(tmp_path, group="_(e.)$", **HEART).cases} == {"ed", "es"}
     assert {c.group for c in opened(tmp_path, group="group", **HEART).cases} == {"DCM", "NOR"}
+    assert {c.group for c in opened(tmp_path, group="patient", **HEART).cases} == {"p01", "p02"}
     assert opened(tmp_path, id="{frame} of {patient}", **HEART).cases[0].id == "ed of p01"
     with pytest.raises(UserError, match="data.group='{patent}': no field 'patent'; did you mean 'patient'"):
         opened(tmp_path, group="{patent}", **HEART)
@@ -377,7 +378,7 @@ def test_bids(tmp_path):
     assert second.targets == {"age": 41}
     lesions = tmp_path / "derivatives/lesions/sub-02/ses-1/anat"
     assert third.targets == {"lesion": lesions / "sub-02_ses-1_desc-lesion_mask.nii.gz", "grade": 1}
-    assert third.attributes == {"sub": "02", "ses": "1", "sex": "M", "grade": "high"}
+    assert third.attributes == {"participant_id": "sub-02", "sub": "02", "ses": "1", "sex": "M", "grade": "high"}
     derived = opened(tmp_path, images={"T1": "derivatives/prep/desc-preproc_T1w"}, exclude=())
     assert [c.id for c in derived.cases] == ["sub-01_ses-1"]
     left = opened(tmp_path, images={"T1": "T1w"}, exclude=("sub-01",))

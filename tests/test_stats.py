@@ -126,6 +126,12 @@ def test_summary_of_one_case_and_of_none():
     }
 
 
+def test_summary_without_intervals():
+    quick = stats.summarize(rows({"a": [0.1, 0.3]}), ["dice"], n=0)["dice"]
+    assert quick["mean"] == pytest.approx(0.2)
+    assert quick["ci95"] == quick["per_class"]["a"]["ci95"] == [None, None]
+
+
 def test_summary_leaves_other_classes_out():
     table = {"a": [0.1, 0.3], "b": [1.0, 1.0]}
     assert stats.summarize(rows(table), ["dice"], ["a"])["dice"]["mean"] == pytest.approx(0.2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import json
 import os
@@ -26,7 +27,7 @@ from medjax import config as config_lib
 from medjax import models, tasks
 from medjax import train as spine
 from medjax.data import cohort as cohorts
-from medjax.data import dataset, preprocess, sampler, store
+from medjax.data import dataset, preprocess, records, sampler, store
 from medjax.data.cases import Finding
 from medjax.errors import UserError
 
@@ -82,7 +83,7 @@ def same(a: Any, b: Any) -> None:
         np.testing.assert_array_equal(a.values[task], value)
 
 
-def records(folder: Path) -> list[Path]:
+def files(folder: Path) -> list[Path]:
     return sorted((folder / "cases").rglob("*.array_record"))
 
 
@@ -93,7 +94,7 @@ def leftovers(folder: Path) -> list[Path]:
 def test_slices_are_those_of_memory(
     cohort: cohorts.Cohort, plan: preprocess.Plan, memory: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "_PIECES", 1)  # several calls a run
+    monkeypatch.setattr(records, "_PIECES", 1)  # several calls a run
     rng = np.random.default_rng(0)
     for a, b in zip(build(tmp_path, plan, cohort.cases), memory, strict=True):
         same(a, b)
@@ -222,22 +223,22 @@ def test_a_killed_build_goes_on(own: tuple, plan: preprocess.Plan, memory: list,
     code = f"""
 import os, signal, sys
 from pathlib import Path
-from medjax.data import cohort, preprocess, store
+from medjax.data import cohort, preprocess, records, store
 cases = cohort.from_msd({str(tmp_path / "own")!r}, "spheres").cases
 plan = preprocess.Plan.from_json({plan.to_json()!r})
-real, n = store._sums, 0
+real, n = records._sums, 0
 def sums(*arguments):
     global n
     n += 1
     if n == 4:
         os.kill(os.getpid(), signal.SIGKILL)  # between the writing of a file and its renaming
     return real(*arguments)
-store._sums = sums
+records._sums = sums
 store.prepare({str(folder)!r}, "Spheres", plan, {{"all": cases}}, workers=1)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == -9, done.stderr
-    assert len(records(folder)) == 3
+    assert len(files(folder)) == 3
     assert [f.suffix for f in leftovers(folder)].count(".part") == 1
     for a, b in zip(build(folder, plan, own), memory, strict=True):
         same(a, b)
@@ -304,7 +305,7 @@ def test_a_damaged_file_is_made_anew(
 
 def test_a_damaged_index_is_made_anew(own: tuple, plan: preprocess.Plan, memory: list, tmp_path: Path) -> None:
     build(tmp_path / "store", plan, own)
-    a, b, c = (path.with_suffix(".json") for path in records(tmp_path / "store")[:3])
+    a, b, c = (path.with_suffix(".json") for path in files(tmp_path / "store")[:3])
     a.write_text(a.read_text().replace('\\"at\\": ', '\\"at\\": 1', 1))
     b.write_text("")
     c.unlink()
@@ -333,6 +334,20 @@ def test_damage_without_the_sources_is_told(own: tuple, plan: preprocess.Plan, m
         store.load(tmp_path)
 
 
+def test_a_file_that_cannot_be_opened_is_kept(
+    own: tuple, plan: preprocess.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (case,) = build(tmp_path / "store", plan, own[:1])
+
+    def refuse(*_: Any) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(UserError, match="cannot be read: Too many open files"):
+        np.asarray(case.image)
+    assert len(files(tmp_path / "store")) == 1
+
+
 def test_a_source_that_changes_while_it_is_read(
     own: tuple, plan: preprocess.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,7 +362,7 @@ def test_a_source_that_changes_while_it_is_read(
     monkeypatch.setattr(preprocess, "prepare_case", edits)
     with pytest.raises(UserError, match="case case0: its files changed while they were read"):
         build(tmp_path / "store", plan, own[:1])
-    assert not records(tmp_path / "store")
+    assert not files(tmp_path / "store")
 
 
 @contextlib.contextmanager
@@ -370,7 +385,7 @@ def test_a_full_disk_ends_in_one_message(
         build(folder, plan, own)
     assert "cannot write the store: File too large" in str(caught.value)
     assert "The finished cases are kept" in str(caught.value)
-    assert len(records(folder)) == 2
+    assert len(files(folder)) == 2
     assert not leftovers(folder)
     usage = shutil.disk_usage(folder)
     with monkeypatch.context() as patch:
@@ -390,7 +405,7 @@ def test_a_wrong_case_is_named_and_the_others_are_kept(own: tuple, plan: preproc
     path.write_bytes(path.read_bytes()[:900])
     with pytest.raises(UserError, match=path.name):
         build(tmp_path / "store", plan, own, workers=1)
-    assert 3 <= len(records(tmp_path / "store")) < 8
+    assert 3 <= len(files(tmp_path / "store")) < 8
     with pytest.raises(UserError, match="nowhere.nii: cannot be read"):
         build(tmp_path / "store", plan, [replace(own[0], images={"MRI": tmp_path / "nowhere.nii"})])
 
@@ -512,6 +527,7 @@ def trained(recipe: Path, workdir: Path, *more: str) -> tuple[list[dict[str, Any
     """(metrics but the timing, every array of the checkpoint) of a short run."""
     options = {"model": models.options, "tasks": tasks.options}
     config = config_lib.load(str(recipe), ("train.total=3 steps", *more), lambda room, kind: options[room](kind))
+    workdir.mkdir()
     spine.train(config, workdir)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     timing = ("patches_per_s", "waiting")
@@ -526,7 +542,7 @@ def test_training_from_the_store_is_training_from_memory(
     key = f"data.store={tmp_path / 'store'}"
     assert trained(recipe, tmp_path / "one", key) == memory
     assert f"store       {tmp_path / 'store' / 'spheres'}" in capsys.readouterr().out
-    assert len(records(tmp_path / "store")) == 8
+    assert len(files(tmp_path / "store")) == 8
     # The next run prepares nothing; with other workers it is still the same.
     monkeypatch.setattr(preprocess, "prepare_case", None)
     assert trained(recipe, tmp_path / "two", key, "data.workers=3") == memory

@@ -212,12 +212,12 @@ def test_spline_noise_is_scipys_spline() -> None:
     knots = np.arange(-3, basis.shape[1] + 1) * 5.3
     expected = BSpline(knots, np.eye(basis.shape[1]), 3)(np.arange(23))
     np.testing.assert_allclose(basis, expected, atol=1e-6)
-    field = synthetic._smooth_noise(np.random.default_rng(0), (60, 50, 40), np.array([3.0, 4.0, 5.0]), 1)
+    field = synthetic.smooth_noise(np.random.default_rng(0), (60, 50, 40), np.array([3.0, 4.0, 5.0]), 1)
     assert abs(field.std() - 1) < 0.1
 
 
 def test_coarse_noise_of_an_axis_shorter_than_its_knots() -> None:
-    field = synthetic._smooth_noise(np.random.default_rng(0), (8, 8, 8), np.array([40.0, 40.0, 40.0]), 2)
+    field = synthetic.smooth_noise(np.random.default_rng(0), (8, 8, 8), np.array([40.0, 40.0, 40.0]), 2)
     assert field.shape == (2, 8, 8, 8)
     assert np.isfinite(field).all()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -206,17 +207,18 @@ def test_heads():
     np.testing.assert_allclose(found, pooled @ kernel + bias, rtol=1e-5, atol=1e-6)
     assert bias.tolist() == [1, -1]
     shared = PooledHead(3, shared=True)
-    (steps,) = shared.apply(shared.init(jax.random.key(0), pyramid), pyramid)
+    (steps,) = jax.jit(shared.init_with_output)(jax.random.key(0), pyramid)[0]
     np.testing.assert_allclose(steps, np.broadcast_to(steps[:, :1], (2, 3)))
     dropped = PooledHead(2, dropout=0.5)
-    variables = dropped.init(jax.random.key(0), pyramid, train=True)
-    one, two = (dropped.apply(variables, pyramid, train=True, rngs={"dropout": jax.random.key(i)})[0] for i in (1, 2))
+    variables = jax.jit(functools.partial(dropped.init, train=True))(jax.random.key(0), pyramid)
+    noisy = jax.jit(lambda key: dropped.apply(variables, pyramid, train=True, rngs={"dropout": key})[0])
+    one, two = (noisy(jax.random.key(i)) for i in (1, 2))
     assert (one != two).any()
     np.testing.assert_array_equal(*(dropped.apply(variables, pyramid)[0] for _ in "ab"))
     # A coarse voxel's offset points from its own centre, whichever fine voxel it is read at.
     heat = HeatHead(4, features=2, level=1, start=(-4.0, 0.0, 0.0, 0.0), offset=1)
-    variables = jax.tree.map(jnp.zeros_like, heat.init(jax.random.key(0), pyramid))
-    (found,) = heat.apply(variables, pyramid)
+    variables = jax.tree.map(jnp.zeros_like, jax.jit(heat.init)(jax.random.key(0), pyramid))
+    (found,) = jax.jit(heat.apply)(variables, pyramid)
     assert found.shape == (2, 8, 8, 4, 4)
     places = np.stack(np.meshgrid(np.arange(8), np.arange(8), np.arange(4), indexing="ij"), -1) + found[0, ..., 1:]
     np.testing.assert_allclose(places[..., 0][:, 0, 0], np.repeat([0.5, 2.5, 4.5, 6.5], 2))

@@ -227,7 +227,7 @@ def test_scores_of_a_cohort():
 
 def test_overlapping_findings_are_one():
     heat = np.zeros((*S, 8), np.float32)
-    heat[..., 4:7] = 6.0
+    heat[..., 5:8] = 6.0
     heat[10, 10, 8, 0], heat[12, 10, 8, 0], heat[3, 3, 3, 0] = 0.9, 0.8, 0.7
     task = Detection("t", ("a", "b"))
     assert [round(one.score, 2) for one in task.decode(heat)] == [0.9, 0.7]

@@ -151,7 +151,7 @@ def _numbers(transforms: Sequence[Transform], shape: tuple[int, int, int], chann
     used = [0]
 
     def count() -> Any:
-        draw = Draws(jnp.zeros(1 << 20))
+        draw = Draws(jnp.zeros(1 << 24))
         scene = Scene(shape, channels, jnp.ones(3), jnp.ones(channels, bool))
         plans = [t.plan(draw, scene) for t in transforms]
         used[0] = draw.used

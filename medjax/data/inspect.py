@@ -436,7 +436,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("cohort", nargs="?", help="folder, manifest (.csv, .json), or 'synthetic_brain'")
     p.add_argument("--config", metavar="FILE[:ARG]", help="recipe whose data section describes the cohort")
-    p.add_argument("--out", type=Path, help="where the overview goes (default: inspect/<cohort>)")
+    p.add_argument("--out", type=Path, help="where the overview goes (default: inspected/<cohort>)")
     p.add_argument("--pictures", type=int, default=24, help="cases that are drawn (default 24)")
     return p
 
@@ -488,7 +488,7 @@ def inspect(config: Any, out: Path | None = None, pictures: int = 24) -> dict[st
     order = {"error": 0, "warning": 1, "note": 2}
     problems.sort(key=lambda problem: order[problem.severity])
     summary = overview.summarise(cohort, reports, problems, splits)
-    folder = out or Path("inspect") / (cohort.name.replace("/", "_") or "cohort")
+    folder = out or Path("inspected") / (cohort.name.replace("/", "_") or "cohort")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -88,7 +88,7 @@ def join_rows(
     rows = {case.id: dict[str, str]() for case in cohort.cases}
     for path, listed in tables:
         _match(path, listed, spec.id, cohort, fields, rows, intake)
-    path = tables[0][0] if tables else cohort.root / (spec.path or "cohort")
+    path = tables[0][0] if tables else cohort.root / "table"
     named = [s for s in spec.targets.values() if not is_findings_table(s)]
     if named and not tables:
         example = named[0] if isinstance(named[0], str) else ", ".join(named[0])
@@ -145,7 +145,7 @@ def _match(
         key = tuple(row.get(name, "") for name in keys)
         if key in table:
             raise UserError(f"{where}: {', '.join(key)} (column {', '.join(keys)}) is listed twice. Give one row each.")
-        table[key] = {k: v for k, v in row.items() if k not in keys}
+        table[key] = {k: v for k, v in row.items() if v}
     without = [id for id, key in of.items() if key not in table]
     if len(without) == len(of):
         example = next(iter(table), ("no rows",))

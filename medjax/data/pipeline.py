@@ -6,9 +6,10 @@ Rows are `sampler.Sampler` examples: the pipeline can start at any step and give
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -217,20 +218,15 @@ def train_batches(
     local = batch_size // processes
     shapes: list[Any] = list(patch) if sampler.buckets else [patch]
 
-    def numbers() -> Iterator[int]:
-        step = first_step
-        while True:
-            first = step * batch_size + process * local
-            yield from range(first, first + local)
-            step += 1
-
-    def row(example: int) -> Row:
+    def row(turn: int) -> Row:
+        step, place = divmod(turn, local)
+        example = (first_step + step) * batch_size + process * local + place
         number, key = sampler.draw(example)
         size = shapes[sampler.bucket(example)] if sampler.buckets else shapes[0]
         start = sampler.start(example, source.cases[number].image.shape[:3], size, source.centres(number, key))
         return source.row(number, start, size, example, True)
 
-    return _run(source, numbers, row, shapes, local, workers)
+    return _run(source, row, None, shapes, local, workers)
 
 
 def center_batches(
@@ -244,12 +240,9 @@ def center_batches(
     per_process = -(-len(source.cases) // processes)
     rows = -(-per_process // local) * local
 
-    def numbers() -> Iterator[int]:
-        yield from range(process * rows, (process + 1) * rows)
-
     def row(place: int) -> Row:
         # Cases are dealt in turn: process p holds p, p + n, p + 2n...
-        number = process + (place - process * rows) * processes
+        number = process + place * processes
         valid = number < len(source.cases)
         number = number if valid else 0
         shape, points = source.cases[number].image.shape[:3], source.centres(number)
@@ -260,25 +253,25 @@ def center_batches(
             number, np.clip(start, np.minimum(0, room // 2), np.maximum(room, room // 2)), patch, number, valid
         )
 
-    return _run(source, numbers, row, [patch], local, workers)
+    return _run(source, row, rows, [patch], local, workers)
 
 
 def _run(
     source: Source,
-    numbers: Callable[[], Iterable[int]],
     row: Callable[[int], Row],
+    count: int | None,
     shapes: Sequence[Sequence[int]],
     local: int,
     workers: int,
 ) -> Iterator[Row]:
-    """Rows of `numbers`, made by `workers` threads, as batches of `local`, in order."""
+    """Rows 0, 1... (`count` of them, or without end), made by `workers` threads, as batches of `local`, in order."""
     # Before the import: no chatter at the terminal, and no kernels that differ in rounding from run to run.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         import tensorflow as tf
     except ImportError:
-        return _threads(numbers, row, local, max(1, workers))
+        return _threads(row, count, local, max(1, workers))
 
     tf.config.set_visible_devices([], "GPU")  # the accelerator belongs to JAX
     # What a row looks like; an axis that differs between buckets has no fixed length.
@@ -290,8 +283,14 @@ def _run(
         for key in keys
     }
 
+    failed: list[BaseException] = []
+
     def as_list(number: Any) -> list[np.ndarray]:
-        made = row(int(number))
+        try:
+            made = row(int(number))
+        except BaseException as error:
+            failed.append(error)
+            raise
         return [made[key] for key in keys]
 
     def make(number: Any) -> dict[str, Any]:
@@ -300,7 +299,7 @@ def _run(
             value.set_shape(sizes[key])
         return dict(zip(keys, values, strict=True))
 
-    data = tf.data.Dataset.from_generator(numbers, output_signature=tf.TensorSpec((), tf.int64))
+    data = tf.data.Dataset.counter() if count is None else tf.data.Dataset.range(count)
     data = data.map(make, num_parallel_calls=max(1, workers), deterministic=True)
     data = data.batch(local, drop_remainder=True).prefetch(2)
     options = tf.data.Options()
@@ -309,15 +308,22 @@ def _run(
     # The global order is the contract: nothing may reorder, and the graph is small, so no rewriting either.
     options.deterministic = True
     options.autotune.enabled = False
-    return data.with_options(options).as_numpy_iterator()
+
+    def batches() -> Iterator[Row]:
+        try:
+            yield from data.with_options(options).as_numpy_iterator()
+        except tf.errors.OpError:
+            if failed:  # what went wrong, rather than TensorFlow's account of it
+                raise failed[0] from None
+            raise
+
+    return batches()
 
 
-def _threads(
-    numbers: Callable[[], Iterable[int]], row: Callable[[int], Row], local: int, workers: int
-) -> Iterator[Row]:
+def _threads(row: Callable[[int], Row], count: int | None, local: int, workers: int) -> Iterator[Row]:
     """The batches of `_run` where TensorFlow is not installed."""
     waiting: deque[Any] = deque()
-    todo = iter(numbers())
+    todo = iter(itertools.count() if count is None else range(count))
     with ThreadPoolExecutor(workers, thread_name_prefix="medjax-rows") as pool:
         try:
             while True:

@@ -16,7 +16,6 @@ Reading needs neither TensorFlow nor array_record; writing needs array_record, a
 from __future__ import annotations
 
 import ast
-import base64
 import contextlib
 import functools
 import glob
@@ -29,166 +28,23 @@ import shutil
 import threading
 import time
 import uuid
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from medjax.data import preprocess
+from medjax.data import preprocess, records
 from medjax.data.cases import Case
 from medjax.data.dataset import each
-from medjax.data.sampler import foreground_points
 from medjax.errors import UserError, warn_once
 from medjax.ops.native.cpus import usable_cpus
 
-_FORMAT = 1  # of a case's file and of the JSON beside it
-# array_record's files (riegeli's records format): blocks of 64 KiB that begin with a header; the rest is one stream.
-_BLOCK, _HEADER = 1 << 16, 24
-_PAYLOAD = _BLOCK - _HEADER
-_OPTIONS = "group_size:1,uncompressed"  # voxels are read in place, and compressing floats costs more than it saves
-_LARGEST = (1 << 31) - (1 << 20)  # bytes a protocol buffer may have, less room for the small features
-_PIECES = 512  # pairs of buffers a preadv call takes (IOV_MAX is 1024)
 _VERSION = "1.0.0"
-_NO_MASK = (2, 2, 2)  # shape of a mask that is not there; TFDS's numpy reader trips over empty arrays
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
-
-
-class _Damaged(Exception):
-    """A case's file is gone, shorter than it was, or holds other bytes."""
-
-
-class _Record:
-    """A case's file: bytes of its Example, each block compared with its checksum when first touched."""
-
-    def __init__(self, path: Path, about: Mapping[str, Any], rebuild: Callable[[], Mapping[str, Any]] | None) -> None:
-        self.path, self._rebuild, self._lock = path, rebuild, threading.Lock()
-        self._take(about)
-
-    def _take(self, about: Mapping[str, Any]) -> None:
-        self._start = int(about["start"])
-        self._sums = np.frombuffer(base64.b64decode(about["blocks"]), "<u4")
-        self._checked = bytearray(len(self._sums))
-
-    def runs(self, wanted: Callable[[], Iterable[tuple[int, np.ndarray]]]) -> None:
-        """Fills contiguous arrays, each from the byte offset beside it, in turn; a damaged file is mended once."""
-        checked = self._checked
-        try:
-            self._runs(wanted())
-        except _Damaged as error:
-            self._mend(str(error), checked)
-            try:
-                self._runs(wanted())
-            except _Damaged as again:
-                raise UserError(f"{self.path}: {again}, again after it was prepared anew; check the disk") from None
-
-    def _runs(self, wanted: Iterable[tuple[int, np.ndarray]]) -> None:
-        try:
-            fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        except OSError as error:
-            raise _Damaged(error.strerror) from None
-        try:
-            for first, out in wanted:
-                self._run(fd, first, memoryview(out.data).cast("B"))
-        except OSError as error:
-            raise _Damaged(error.strerror) from None
-        finally:
-            os.close(fd)
-
-    def _run(self, fd: int, first: int, out: memoryview) -> None:
-        block, within = divmod(self._start + first, _PAYLOAD)
-        last = (self._start + first + len(out) - 1) // _PAYLOAD
-        if self._checked.find(0, block, last + 1) != -1:
-            self._check(fd, block, last)
-        at, done = block * _BLOCK + _HEADER + within, 0
-        header = bytearray(_HEADER)
-        while done < len(out):
-            buffers: list[Any] = []
-            begun = done
-            while done < len(out) and len(buffers) < 2 * _PIECES:
-                size = min(_PAYLOAD - within, len(out) - done)
-                buffers += (out[done : done + size], header)
-                done, within = done + size, 0
-            buffers.pop()  # the header after the last piece
-            size = done - begun + _HEADER * (len(buffers) // 2)
-            if os.preadv(fd, buffers, at) != size:
-                raise _Damaged("shorter than it was")
-            at += size + _HEADER
-
-    def _check(self, fd: int, block: int, last: int) -> None:
-        for number in range(block, last + 1):
-            if not self._checked[number]:
-                data = os.pread(fd, _BLOCK, number * _BLOCK)
-                if zlib.crc32(data) != self._sums[number]:
-                    raise _Damaged(f"damaged (block {number} of {len(self._sums)} is not what was written)")
-                self._checked[number] = 1
-
-    def _mend(self, what: str, seen: bytearray) -> None:
-        with self._lock:
-            if self._checked is not seen:  # another thread has just mended it
-                return
-            if self._rebuild is None:
-                raise UserError(f"{self.path}: {what}. Delete it and prepare the store again where the sources are.")
-            warn_once(f"{self.path}: {what}; the case is prepared anew")
-            self._take(self._rebuild())
-
-
-class Stored:
-    """An array in the store, read when it is sliced; `numpy.asarray` reads all of it.
-
-    Attributes:
-      shape, ndim: of the array. dtype: of what slicing gives (`kept` is the type on disk).
-    """
-
-    def __init__(self, record: _Record, at: int, shape: Sequence[int], kept: str, dtype: str) -> None:
-        self._record, self._at, self._kept = record, at, np.dtype(kept)
-        self.shape, self.ndim, self.dtype = tuple(shape), len(shape), np.dtype(dtype)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self[()], dtype)
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        """As numpy's; slices of step 1 along the first three axes read what they name, anything else reads it all."""
-        cuts = index if isinstance(index, tuple) else (index,)
-        if len(cuts) > 3 or any(not isinstance(c, slice) or c.step not in (None, 1) for c in cuts):
-            return self[()][index]
-        bounds = [c.indices(n)[:2] for c, n in zip(cuts, self.shape, strict=False)]
-        sizes = [max(0, stop - start) for start, stop in bounds]
-        tail = self.shape[len(cuts) :]
-        out = np.empty((*sizes, *tail), self._kept)
-        if out.size:
-            self._fill(out, [start for start, _ in bounds], sizes)
-        return out.astype(self.dtype, copy=False)
-
-    def _fill(self, out: np.ndarray, starts: list[int], sizes: list[int]) -> None:
-        # Axes that are taken whole lie together with what follows.
-        while sizes and sizes[-1] == self.shape[len(sizes) - 1]:
-            starts.pop()
-            sizes.pop()
-        strides = [self._kept.itemsize * math.prod(self.shape[i + 1 :]) for i in range(len(starts))]
-        first = self._at + sum(s * n for s, n in zip(starts[:2], strides, strict=False))
-
-        def runs() -> Iterator[tuple[int, np.ndarray]]:
-            if len(sizes) < 2:
-                yield first, out
-            elif len(sizes) == 2:
-                for x in range(sizes[0]):
-                    yield first + x * strides[0], out[x]
-            else:
-                # Rows [y, whole z] lie together: read them, keep the z that are wanted.
-                rows = np.empty((sizes[1], *self.shape[2:]), self._kept)
-                for x in range(sizes[0]):
-                    yield first + x * strides[0], rows
-                    out[x] = rows[:, starts[2] : starts[2] + sizes[2]]
-
-        self._record.runs(runs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,25 +60,25 @@ class StoredCase:
 
     id: str
     group: str
-    image: Stored
-    targets: Mapping[str, Stored]
+    image: records.Stored
+    targets: Mapping[str, records.Stored]
     values: Mapping[str, np.ndarray]
     geometry: preprocess.Geometry
     present: tuple[bool, ...]
     scale: tuple[float, ...]
-    points: Mapping[str, Mapping[int, Stored]]
+    points: Mapping[str, Mapping[int, records.Stored]]
 
 
 def _open_case(path: Path, about: Mapping[str, Any], rebuild: Callable[[], Mapping[str, Any]] | None) -> StoredCase:
-    record = _Record(path, about, rebuild)
+    record = records.Record(path, about, rebuild)
 
-    def array(name: str) -> Stored:
-        return Stored(record, *(about["arrays"][name][k] for k in ("at", "shape", "kept", "dtype")))
+    def array(name: str) -> records.Stored:
+        return records.Stored(record, *(about["arrays"][name][k] for k in ("at", "shape", "kept", "dtype")))
 
-    def points(task: str) -> dict[int, Stored]:
+    def points(task: str) -> dict[int, records.Stored]:
         at = about["arrays"][f"points/{task}"]["at"]
         return {
-            int(value): Stored(record, at + 12 * first, (count, 3), "<i4", "<i4")
+            int(value): records.Stored(record, at + 12 * first, (count, 3), "<i4", "<i4")
             for value, first, count in about["points"][task]
         }
 
@@ -232,7 +88,7 @@ def _open_case(path: Path, about: Mapping[str, Any], rebuild: Callable[[], Mappi
         group=about["group"],
         image=array("image"),
         targets={task: array(f"targets/{task}") for task in known},
-        values={task: _array(*value) for task, value in about["values"].items()},
+        values={task: records.array_of(*value) for task, value in about["values"].items()},
         geometry=preprocess.Geometry.from_json(about["geometry"]),
         present=tuple(about["present"]),
         scale=tuple(about["scale"]),
@@ -313,7 +169,7 @@ class _Builder:
     def __init__(self, folder: Path, plan: preprocess.Plan, workers: int, progress: Callable[[str, int], Any]) -> None:
         self.folder, self.pool = folder, folder / "cases"
         self._plan, self._workers, self._progress = plan, workers, progress
-        self._context = json.dumps([_FORMAT, _plan_key(plan), code_version()], sort_keys=True)
+        self._context = json.dumps([records.FORMAT, _plan_key(plan), code_version()], sort_keys=True)
         with _said_of(folder):
             self.pool.mkdir(parents=True, exist_ok=True)
         self._sources = _Sources(folder / "sources.json")
@@ -323,7 +179,7 @@ class _Builder:
         cases = [case for members in splits.values() for case in members]
         keys = dict(zip(map(id, cases), self._each("checking source files", self._key, cases), strict=True))
         self._sources.save()
-        absent = [case for case in cases if _about_if_whole(_file(self.pool, keys[id(case)])) is None]
+        absent = [case for case in cases if records.about_if_whole(_file(self.pool, keys[id(case)])) is None]
         if absent:
             self._check_room(absent)
 
@@ -386,196 +242,13 @@ class _Builder:
             with _locked(path.with_suffix(".lock"), wait) as mine:
                 if not mine:
                     return False
-                if _about_if_whole(path) is None:
+                if records.about_if_whole(path) is None:
                     # The record has its own copy of the prepared case, which is gone by now: two volumes at most.
-                    record, about = _example(case, self._plan, preprocess.prepare_case(case, self._plan))
+                    record, about = records.encode(case, self._plan, preprocess.prepare_case(case, self._plan))
                     if self._key(case) != key:
                         raise UserError(f"case {case.id}: its files changed while they were read; start again")
-                    _write(path, record, about)
+                    records.write(path, record, about)
         return True
-
-
-def _write(path: Path, record: bytes, about: dict[str, Any]) -> None:
-    """Writes a case's Example and the JSON beside it; both are renamed into place when whole."""
-    beside = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.part")
-    for left in path.parent.glob(f".{path.stem}.*.part"):  # of a build that was killed
-        left.unlink(missing_ok=True)
-    try:
-        _write_record(beside, record)
-        about["start"], about["blocks"], about["size"] = _sums(beside, record)
-        body = json.dumps(about)
-        _write_text(path.with_suffix(".json"), json.dumps({"digest": _digest(body.encode()), "about": body}))
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _write_record(path: Path, record: bytes) -> None:
-    try:
-        from array_record.python import array_record_module
-    except ImportError:
-        raise UserError("data.store: a store is written with array_record: pip install array_record") from None
-    try:
-        writer = array_record_module.ArrayRecordWriter(str(path), _OPTIONS)
-        writer.write(record)
-        writer.close()
-    except RuntimeError as error:
-        # "write() failed: No space left on device; writing <path>; at byte ..."
-        raise _no_room(path.parent, str(error).partition(";")[0].rpartition(": ")[2]) from None
-
-
-def _write_text(path: Path, text: str) -> None:
-    # A name of its own: processes of one number may write from several machines.
-    beside = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.part")
-    try:
-        beside.write_text(text)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _sums(path: Path, record: bytes) -> tuple[int, str, int]:
-    """Reads a file back: (where in its stream the record begins, its blocks' checksums, its size)."""
-    sums, at = [], 0
-    with path.open("rb") as file:
-        block = file.read(_BLOCK)
-        start = block.find(record[:64]) - _HEADER
-        if start < 0:
-            raise UserError(f"{path}: array_record has laid the file out in a way this medjax does not know; report it")
-        within = _HEADER + start
-        while block:
-            sums.append(zlib.crc32(block))
-            if at < len(record):
-                here = record[at : at + len(block) - within]
-                if here != block[within : within + len(here)]:
-                    raise UserError(f"{path}: the disk does not give back what was written; check it")
-                at, within = at + len(here), _HEADER
-            block = file.read(_BLOCK)
-    return start, _text(np.asarray(sums, "<u4").tobytes()), path.stat().st_size
-
-
-def _example(case: Case, plan: preprocess.Plan, prepared: preprocess.Prepared) -> tuple[bytes, dict[str, Any]]:
-    """A case as a serialised `tf.train.Example`, and where its arrays lie in it.
-
-    The encoding is protocol buffers' wire format: Example {1: Features {1: map<string, Feature>}}, a Feature being {1:
-    BytesList {1: bytes}} or {3: Int64List {1: packed varints}}. Arrays are raw little-endian bytes in C order (TFDS's
-    `Encoding.BYTES`); one with several axes of unknown length has its shape beside it, as TFDS has it. A TFDS
-    example has every feature: what the case has no target for is there as a mask of another shape, class -1 or NaN, and
-    `known` says so.
-    """
-    pieces: list[bytes | memoryview] = []
-    arrays: dict[str, dict[str, Any]] = {}
-
-    def put(name: str, value: bytes | memoryview) -> None:
-        pieces.extend((_head(name, len(value)), value))
-
-    def array(name: str, value: np.ndarray, kept: Any, dynamic: bool) -> None:
-        raw = np.asarray(value, np.dtype(kept).newbyteorder("<"), order="C")
-        put(f"{name}/value" if dynamic else name, memoryview(raw.data).cast("B") if raw.size else b"")
-        at = sum(map(len, pieces)) - raw.nbytes
-        arrays[name] = {"at": at, "shape": raw.shape, "kept": raw.dtype.str, "dtype": value.dtype.str}
-        if dynamic:
-            pieces.append(_int_feature(f"{name}/shape", raw.shape))
-
-    array("image", prepared.image, np.float32, True)
-    for task in plan.kinds:
-        known = task in prepared.targets or task in prepared.values
-        array(f"known/{task}", np.asarray(known, np.uint8), np.uint8, False)
-    points: dict[str, list[tuple[int, int, int]]] = {}
-    for task, kind in plan.kinds.items():
-        if kind in _MASKS:
-            known = task in prepared.targets
-            mask = prepared.targets[task] if known else np.zeros(_NO_MASK, np.uint8)
-            array(f"targets/{task}", mask, _mask_dtype(plan, task), True)
-            found = foreground_points(mask, ignore=plan.ignore)
-            firsts = np.cumsum([0, *map(len, found.values())])
-            points[task] = [(v, int(first), len(p)) for (v, p), first in zip(found.items(), firsts, strict=False)]
-            array(f"points/{task}", np.concatenate([np.zeros((0, 3), np.int32), *found.values()]), np.int32, False)
-        if kind != "mask":
-            value = prepared.values.get(task, _unknown(kind))
-            if value.size == 0:  # no findings
-                value = np.full((1, max(1, value.shape[1])), np.nan, np.float32)
-            array(f"values/{task}", value, value.dtype, value.ndim > 1)
-    array("spacing", np.asarray(prepared.geometry.spacing, np.float32), np.float32, False)
-    array("present", np.asarray(prepared.present, np.uint8), np.uint8, False)
-    for name, text in (("id", case.id), ("group", case.group), ("geometry", prepared.geometry.to_json())):
-        put(name, text.encode())
-    length = sum(map(len, pieces))
-    if length > _LARGEST:
-        raise UserError(
-            f"case {case.id}: {length / 1e9:.2f} GB when prepared, but a record of the store holds 2.1 GB. Choose a "
-            "coarser data.preprocess.spacing, or train without data.store"
-        )
-    head = b"\x0a" + _varint(length)
-    for place in arrays.values():
-        place["at"] += len(head)
-    about = {
-        "id": case.id,
-        "group": case.group,
-        "arrays": arrays,
-        "targets": [task for task in plan.kinds if task in prepared.targets],
-        "points": points,
-        "values": {t: [v.dtype.str, v.shape, _text(v.tobytes())] for t, v in prepared.values.items()},
-        "geometry": prepared.geometry.to_json(),
-        "present": prepared.present,
-        "scale": prepared.scale,
-    }
-    return b"".join((head, *pieces)), about
-
-
-_MASKS = ("mask", "findings")
-
-
-def _mask_dtype(plan: preprocess.Plan, task: str) -> np.dtype:
-    """Type of a task's masks on disk, the same for every case of the dataset."""
-    if plan.kinds[task] == "findings":
-        return np.dtype(np.uint16)
-    largest = max(plan.declared, default=0) if plan.declared else np.iinfo(np.int32).max
-    return np.dtype(next(d for d in (np.uint8, np.uint16, np.int32) if largest <= np.iinfo(d).max))
-
-
-def _unknown(kind: str) -> np.ndarray:
-    """What stands for a target that a case lacks."""
-    if kind == "class":
-        return np.asarray(-1, np.int32)
-    return np.full({"number": (), "vector": (1,), "findings": (1, 1)}[kind], np.nan, np.float32)
-
-
-def _varint(number: int) -> bytes:
-    out = bytearray()
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    return bytes((*out, number))
-
-
-def _head(name: str, size: int) -> bytes:
-    """What comes before the `size` bytes of a feature that is one byte string."""
-    value = b"\x0a" + _varint(size)
-    values = b"\x0a" + _varint(len(value) + size)
-    return _entry(name, len(values) + len(value) + size) + values + value
-
-
-def _int_feature(name: str, numbers: Sequence[int]) -> bytes:
-    packed = b"".join(map(_varint, numbers))
-    value = b"\x0a" + _varint(len(packed)) + packed
-    values = b"\x1a" + _varint(len(value)) + value
-    return _entry(name, len(values)) + values
-
-
-def _entry(name: str, size: int) -> bytes:
-    """What comes before a feature of `size` bytes in the map of features."""
-    key = b"\x0a" + _varint(len(name.encode())) + name.encode()
-    feature = b"\x12" + _varint(size)
-    return b"\x0a" + _varint(len(key) + len(feature) + size) + key + feature
-
-
-def _text(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
-def _array(dtype: str, shape: Sequence[int], data: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(data), dtype).reshape(shape)
 
 
 # ------------------------------------------------------------------------------------------------ what is there, whole
@@ -585,24 +258,8 @@ def _file(pool: Path, key: str) -> Path:
     return pool / key[:2] / f"{key}.array_record"
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _about_if_whole(path: Path) -> dict[str, Any] | None:
-    """What the JSON beside a case says, if it is what was written and the case has the size it should."""
-    try:
-        table = json.loads(path.with_suffix(".json").read_text())
-        if _digest(table["about"].encode()) != table["digest"]:
-            return None
-        about: dict[str, Any] = json.loads(table["about"])
-        return about if path.stat().st_size == about["size"] else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
 def _require_about(path: Path) -> dict[str, Any]:
-    about = _about_if_whole(path)
+    about = records.about_if_whole(path)
     if about is None:
         raise UserError(f"{path}: missing or damaged; prepare the store again where the sources are")
     return about
@@ -614,14 +271,7 @@ def _said_of(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _no_room(folder, error.strerror or str(error)) from error
-
-
-def _no_room(folder: Path, reason: str) -> UserError:
-    return UserError(
-        f"{folder}: cannot write the store: {reason}. The finished cases are kept; free some room (or choose another "
-        "data.store) and give the same command again"
-    )
+        raise records.no_room(folder, error.strerror or str(error)) from error
 
 
 @contextlib.contextmanager
@@ -668,7 +318,7 @@ class _Sources:
             parts = [(file.name, self._file(file)) for file in _files_of(path)]
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}. Correct the path or fetch the file.") from None
-        return parts[0][1] if len(parts) == 1 else _digest(repr(parts).encode())
+        return parts[0][1] if len(parts) == 1 else records.digest_of(repr(parts).encode())
 
     def _file(self, path: Path) -> str:
         name, status = str(path.absolute()), path.stat()
@@ -690,7 +340,7 @@ class _Sources:
 
     def _write(self) -> None:
         self._known = {**_json_table(self._path), **self._known}  # what another process has learnt meanwhile
-        _write_text(self._path, json.dumps(self._known, indent=0))
+        records.write_text(self._path, json.dumps(self._known, indent=0))
         self._saved = time.monotonic()
 
 
@@ -739,7 +389,7 @@ def code_version() -> str:
         found[module] = ast.dump(tree)
         for source in (*base.glob("*.cc"), *base.glob("*.h")):
             found[f"{module}/{source.name}"] = source.read_text()
-    return _digest(json.dumps(found, sort_keys=True).encode())
+    return records.digest_of(json.dumps(found, sort_keys=True).encode())
 
 
 # ---------------------------------------------------------------------------------------------------------------- TFDS
@@ -749,7 +399,7 @@ def _publish(store: Path, name: str, plan: preprocess.Plan, keys: Mapping[str, S
     """Makes the TFDS dataset of these splits unless it is there; it never changes afterwards. Returns its folder."""
     name = re.sub(r"\W+", "_", name).strip("_").lower() or "cohort"
     text = json.dumps({"splits": keys, "plan": json.loads(plan.to_json())}, indent=1)
-    folder = store / name / _digest(text.encode())[:12] / _VERSION
+    folder = store / name / records.digest_of(text.encode())[:12] / _VERSION
     if (folder / "dataset_info.json").exists():
         return folder
     beside = folder.parent.with_name(f".{folder.parent.name}.{uuid.uuid4().hex}.part")
@@ -798,9 +448,11 @@ def _write_metadata(
     }
     for task, kind in plan.kinds.items():
         features.setdefault("known", {})[task] = tensor(shape=(), dtype=np.uint8, doc="whether there is a target")
-        if kind in _MASKS:
+        if kind in records.MASKS:
             masks = features.setdefault("targets", {})
-            masks[task] = tensor(shape=(None, None, None), dtype=_mask_dtype(plan, task), doc="[2, 2, 2]: not known")
+            masks[task] = tensor(
+                shape=(None, None, None), dtype=records.mask_dtype(plan, task), doc="[2, 2, 2]: unknown"
+            )
             points = features.setdefault("points", {})
             points[task] = tensor(shape=(None, 3), dtype=np.int32, doc="some labelled voxels of each value")
         if kind != "mask":

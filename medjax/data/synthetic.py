@@ -32,7 +32,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -298,9 +298,44 @@ def brain_case(
         size: voxels along the patient's (left-right, back-front, foot-head) axes; None takes the whole brain.
         site: centre of the (then only) tumour in MNI152 millimetres; None draws it, or two, within white matter.
     """
+    return make_brain(np.random.default_rng([seed, number]), spacing, size, tumour=tumour, site=site)
+
+
+class Anatomy(NamedTuple):
+    """A brain before its image is rendered, all float32 on the case's grid.
+
+    Attributes:
+        parts: [6, X, Y, Z], shares of the tissues in the order of `LABELS`.
+        mni: [3, X, Y, Z], place in the template, mm.
+        white: white matter, blurred. caps: nearness of the ventricles. Both [X, Y, Z], 0 to 1.
+        voxel: [3], mm.
+    """
+
+    parts: np.ndarray
+    mni: np.ndarray
+    white: np.ndarray
+    caps: np.ndarray
+    voxel: np.ndarray
+
+
+def make_brain(
+    rng: np.random.Generator,
+    spacing: float,
+    size: tuple[int, int, int] | None,
+    *,
+    tumour: bool = False,
+    site: Sequence[float] | None = None,
+    atrophy: float | None = None,
+    change: Callable[[Anatomy], np.ndarray] | None = None,
+) -> BrainCase:
+    """One case from a generator of random numbers; the other arguments are those of `brain_case`, and:
+
+    Args:
+        atrophy: 0 to 1, how wide ventricles and sulci are; None draws it.
+        change: changes the tissues in place and returns a mask [X, Y, Z] of what it did, which becomes `label` 4.
+    """
     from scipy import ndimage
 
-    rng = np.random.default_rng([seed, number])
     template = _template(float(spacing))
 
     pose = _draw_pose(rng, template.middle)
@@ -310,9 +345,11 @@ def brain_case(
     voxel = np.sqrt((grid[:3, :3] ** 2).sum(0))
 
     # Individual anatomy: two scales of smooth displacement, and each lateral ventricle wider or narrower by itself.
-    anatomy = _smooth_noise(rng, shape, 52 / voxel, 3) * rng.uniform(2.0, 3.0)
-    anatomy += _smooth_noise(rng, shape, 19 / voxel, 3) * rng.uniform(0.8, 1.2)
+    anatomy = smooth_noise(rng, shape, 52 / voxel, 3) * rng.uniform(2.0, 3.0)
+    anatomy += smooth_noise(rng, shape, 19 / voxel, 3) * rng.uniform(0.8, 1.2)
     widening = np.clip(rng.normal(0.08, 0.12) + rng.normal(0, 0.08, 2), -0.2, 0.35).astype(np.float32)
+    if atrophy is not None:
+        widening = np.clip(widening + np.float32(0.35 * atrophy - 0.1), -0.2, 0.4)
 
     def locate(points: np.ndarray) -> np.ndarray:
         """Where in the template the tissue at these patient points comes from."""
@@ -333,9 +370,9 @@ def brain_case(
         mni = locate(patient - _mass_effect(patient, foci, depth))
 
     tissue = np.stack([sample(part, mni) for part in template.tissue])
-    atrophy = np.float32(rng.uniform(0.9, 1.8))
+    fluid = rng.uniform(0.9, 1.8) if atrophy is None else 0.9 + 1.1 * atrophy
     brain = tissue.sum(0)
-    tissue[0] *= atrophy
+    tissue[0] *= np.float32(fluid)
     tissue *= brain / np.maximum(tissue.sum(0), 1e-6)
     inside = brain > 0.5
 
@@ -346,7 +383,12 @@ def brain_case(
         lesion = _lesion(rng, patient, foci, white, parts[0], voxel, spacing)
         parts[:3] *= 1 - lesion.sum(0)
         parts[3:] = lesion
+    changed = None
+    if change is not None:
+        changed = change(Anatomy(parts, mni, sample(template.white, mni), sample(template.caps, mni), voxel))
     label = np.where(inside, parts.argmax(0) + 1, 0).astype(np.uint8)
+    if changed is not None:
+        label[changed & inside] = LABELS["oedema"]
 
     image = _render(
         rng,
@@ -468,7 +510,7 @@ def _reorient(
     return image.transpose(*order, 3)[cut], label.transpose(order)[cut], affine @ move
 
 
-def _smooth_noise(rng: np.random.Generator, shape: Sequence[int], step: np.ndarray, channels: int) -> np.ndarray:
+def smooth_noise(rng: np.random.Generator, shape: Sequence[int], step: np.ndarray, channels: int) -> np.ndarray:
     """Random cubic B-spline surfaces of unit variance, float32 [channels, X, Y, Z]; `step` voxels between knots.
 
     Coefficients are cut at 2.5 standard deviations: a displacement whose coefficients stay below 0.48 of the knot
@@ -573,7 +615,7 @@ def _lesion(
     """Shares of oedema, core and rim in each voxel, float32 [3, X, Y, Z]."""
     shape = csf.shape
     edge = np.float32(0.22 * spacing)  # the mean over a voxel turns a sharp edge into a slope of about one voxel
-    lobes, fingers, thickness = (_smooth_noise(rng, shape, mm / voxel, 1)[0] for mm in (15.0, 9.0, 12.0))
+    lobes, fingers, thickness = (smooth_noise(rng, shape, mm / voxel, 1)[0] for mm in (15.0, 9.0, 12.0))
     outside = np.full(shape, np.inf, np.float32)  # signed mm from the surface of the nearest focus
     rim = np.zeros(shape, np.float32)
     swollen = np.full(shape, np.inf, np.float32)
@@ -616,13 +658,13 @@ def _render(
     means = np.maximum(means[:, 1:2] + (means - means[:, 1:2]) * contrast[:, None], 0.08)
     healthy = parts[1] + parts[2]
     lesion = parts[3:].sum(0)
-    patchy = _smooth_noise(rng, shape, 6 / voxel, 1)[0] + _smooth_noise(rng, shape, 14 / voxel, 1)[0]
+    patchy = smooth_noise(rng, shape, 6 / voxel, 1)[0] + smooth_noise(rng, shape, 14 / voxel, 1)[0]
     patchy *= lesion * np.float32(0.7)
-    mottle = _smooth_noise(rng, shape, 8 / voxel, 1)[0] * np.float32(0.035)
+    mottle = smooth_noise(rng, shape, 8 / voxel, 1)[0] * np.float32(0.035)
     # Vessels and meninges take up contrast too: a bright T1c alone does not make a tumour.
-    vessels = parts[0] * _sigmoid((_smooth_noise(rng, shape, 9 / voxel, 1)[0] - 1.1) / 0.15) * (depth < 14)
+    vessels = parts[0] * _sigmoid((smooth_noise(rng, shape, 9 / voxel, 1)[0] - 1.1) / 0.15) * (depth < 14)
     age = np.float32(rng.uniform(0, 0.4))  # bright caps on the ventricles, which are not oedema
-    common = _smooth_noise(rng, shape, 90 / voxel, 1)[0]
+    common = smooth_noise(rng, shape, 90 / voxel, 1)[0]
     image = np.empty((*shape, len(MODALITIES)), np.float32)
     for m, name in enumerate(MODALITIES):
         signal = np.zeros(shape, np.float32)
@@ -636,7 +678,7 @@ def _render(
             signal += (age if name == "FLAIR" else age / 2) * caps * parts[2]
         blur = np.abs(rng.normal(0, 0.35, 3)) * rng.permutation([1.0, 0.5, 0.5])
         signal = ndimage.gaussian_filter(signal, blur, truncate=3)
-        signal *= np.exp(np.float32(0.13) * common + np.float32(0.09) * _smooth_noise(rng, shape, 70 / voxel, 1)[0])
+        signal *= np.exp(np.float32(0.13) * common + np.float32(0.09) * smooth_noise(rng, shape, 70 / voxel, 1)[0])
         noise = np.float32(rng.uniform(0.035, 0.065))
         real, imaginary = rng.standard_normal((2, *shape), dtype=np.float32) * noise
         image[..., m] = np.hypot(np.maximum(signal, 0) + real, imaginary)
@@ -713,22 +755,31 @@ def _template(spacing: float) -> _Template:
 
 
 def _write_case(job: dict[str, Any]) -> None:
-    import nibabel as nib
-
     size = job["size"]
     case = brain_case(
         job["seed"], job["number"], tumour=job["tumour"], spacing=job["spacing"], size=tuple(size) if size else None
     )
-    folder, name = Path(job["folder"]), f"{job['id']}.nii.gz"
+    write_brain(case, Path(job["folder"]), ("imagesTr", "labelsTr"), job["id"])
+
+
+def write_brain(case: BrainCase, folder: Path, parts: tuple[str, str], name: str) -> None:
+    """Writes `<image part>/<name>.nii.gz` and `<label part>/<name>.nii.gz`."""
+    import nibabel as nib
+
     # With a slope in its header, nibabel stores the array as it is: the zero stays a zero.
     stored = case.image if case.slope is None else np.rint(case.image / np.float32(case.slope)).astype(case.dtype)
     image = nib.Nifti1Image(stored, case.affine)
     image.header.set_slope_inter(1 if case.slope is None else case.slope, 0)
-    for kind, volume in (("imagesTr", image), ("labelsTr", nib.Nifti1Image(case.label, case.affine))):
-        volume.set_sform(case.affine, code=1)
-        volume.set_qform(case.affine, code=1)
-        volume.header.set_xyzt_units("mm")
-        (folder / kind / name).write_bytes(gzip.compress(volume.to_bytes(), compresslevel=1, mtime=0))
+    write_volume(folder / parts[0] / f"{name}.nii.gz", image, case.affine)
+    write_volume(folder / parts[1] / f"{name}.nii.gz", nib.Nifti1Image(case.label, case.affine), case.affine)
+
+
+def write_volume(path: Path, volume: Any, affine: np.ndarray) -> None:
+    """Writes a NIfTI volume in millimetres, the same bytes whenever it is written."""
+    volume.set_sform(affine, code=1)
+    volume.set_qform(affine, code=1)
+    volume.header.set_xyzt_units("mm")
+    path.write_bytes(gzip.compress(volume.to_bytes(), compresslevel=1, mtime=0))
 
 
 def _write_tables(folder: Path, ids: Sequence[str], splits: Sequence[str]) -> None:

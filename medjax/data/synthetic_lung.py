@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import csv
 import functools
-import gzip
 import hashlib
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -30,7 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from medjax.data.synthetic import _smooth_noise, make_cohort
+from medjax.data.synthetic import smooth_noise
+from medjax.data.synthetic_manifest import finding, manifest_cohort, scanner_affine, split_jobs, write_case
 from medjax.errors import UserError
 
 # Raise it with every change of what is generated: cohorts already in the cache are then left alone and made anew.
@@ -88,8 +87,8 @@ def lung_cohort(
 ) -> Path:
     """Returns the manifest of a cohort of lung canvases, and makes it on first use.
 
-    Beside `manifest.csv` (id, split, ct, mask, nodules) lie `images/` and `masks/`. The column `nodules` lists the
-    nodules of a canvas as JSON: centre and size in world mm; `malignant` 1 (malignancy above 3) or 0 (below; without
+    Beside `manifest.csv` (id, split, image, mask, nodules, names) lie `images/` and `masks/`. The column `nodules`
+    lists the nodules of a canvas as JSON: centre and size in world mm; `malignant` 1 (malignancy above 3) or 0 (below; without
     the key at 3, which says nothing); every rating under its own name.
 
     Args:
@@ -108,45 +107,27 @@ def lung_cohort(
         UserError: no crops at `data`, crops without ratings or masks, a parameter out of range.
     """
     root = Path(data or Path(os.environ.get("MEDJAX_DATA", "../shared/data")) / "lung_nodules").expanduser().resolve()
+    if held_out not in range(4):
+        raise UserError(f"held_out is {held_out}: the nodules are divided into quarters, 0 to 3")
+    if not 0 <= share < 1:
+        raise UserError(f"share is {share}: the validation split takes 0 to 1 (less than all) of what is not held out")
+    if size < 64:
+        raise UserError(f"size is {size}: a canvas needs 64 voxels or more, for nodules of up to 40 mm")
     counts = {"train": n_train, "val": n_val, "test": n_test}
-    _check(counts, held_out, share, seed, size)
+    options = {"data": str(root), "size": size}
+    jobs = split_jobs("lung", "medjax.data.synthetic_lung:_write_case", counts, seed, options)
     ratings = read_ratings(root)
     divided = divide(list(ratings), held_out, share if n_val else 0.0)
-    jobs: list[dict[str, Any]] = []
-    for split, count in counts.items():
-        names = divided[split]
-        if count and not names:
+    for number, (split, count) in enumerate(counts.items()):
+        if count and not divided[split]:
             raise UserError(f"{root}: none of its {len(ratings)} nodules falls into the split {split!r}; give more")
-        for chosen in _deal(names, count, np.random.default_rng([seed, len(jobs)])):
-            jobs.append(
-                {
-                    "id": f"lung_{len(jobs):03d}",
-                    "writer": "medjax.data.synthetic_lung:_write_case",
-                    "data": str(root),
-                    "split": split,
-                    "nodules": chosen,
-                    "others": names,
-                    "seed": seed,
-                    "number": len(jobs),
-                    "size": size,
-                }
-            )
+        hands = _deal(divided[split], count, np.random.default_rng([seed, 3, number]))
+        for job, hand in zip((job for job in jobs if job["split"] == split), hands, strict=True):
+            job |= {"nodules": hand, "others": divided[split]}
     stamp = hashlib.sha256((root / "attributes.csv").read_bytes()).hexdigest()[:10]
-    parameters = {"version": VERSION, **counts, "data": [str(root), stamp], "held_out": held_out, "share": share}
-    parameters |= {"seed": seed, "size": size}
-    files = ["manifest.csv", *(f"{part}/{job['id']}.nii.gz" for job in jobs for part in ("images", "masks"))]
-    made = make_cohort(
-        folder,
-        "lung",
-        parameters,
-        jobs,
-        files,
-        before=lambda: None,
-        finish=lambda build: _write_manifest(build, jobs),
-        workers=workers,
-        progress=progress,
-    )
-    return made / "manifest.csv"
+    parameters = {"version": VERSION, **counts, **options, "ratings": stamp, "held_out": held_out, "share": share}
+    parameters["seed"] = seed
+    return manifest_cohort(folder, "lung", parameters, jobs, workers=workers, progress=progress)
 
 
 def read_ratings(root: Path) -> dict[str, dict[str, float]]:
@@ -244,9 +225,7 @@ def lung_canvas(nodules: Sequence[Nodule], others: Sequence[Nodule], rng: np.ran
     # One noise over all that was put together.
     grain = rng.standard_normal(shape, dtype=np.float32) * np.float32(rng.uniform(5, 45))
     image = np.clip(np.rint(image + grain), 0, _TOP).astype(np.int16)
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0])  # x to the left and y to the back, as scanners store it
-    affine[:3, 3] = np.round(rng.uniform(-150, 150, 3), 1)
-    return Canvas(image, label, affine, tuple(placed))
+    return Canvas(image, label, scanner_affine((1.0, 1.0, 1.0), rng), tuple(placed))
 
 
 def _levelled(nodule: Nodule, level: float) -> Nodule:
@@ -263,7 +242,7 @@ def _background(rng: np.random.Generator, shape: tuple[int, ...], level: float) 
 
     one = np.ones(3)
     image = np.full(shape, level, np.float32)
-    image += _smooth_noise(rng, shape, 24 * one, 1)[0] * np.float32(rng.uniform(20, 70))
+    image += smooth_noise(rng, shape, 24 * one, 1)[0] * np.float32(rng.uniform(20, 70))
     solid = np.zeros(shape, np.float32)  # share of soft tissue
     for _ in range(int(rng.integers(0, 3))):
         solid = np.maximum(solid, np.float32(rng.uniform(0.1, 0.25)) * _sheet(rng, shape))
@@ -356,7 +335,7 @@ def _draw_tubes(out: np.ndarray, segments: Sequence[tuple[np.ndarray, np.ndarray
 
 def _sheet(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """Share of a fissure, a thin curved sheet, in each voxel."""
-    distance = _plane(rng, shape, 0.5) + 4 * _smooth_noise(rng, shape, np.full(3, 40.0), 1)[0]
+    distance = _plane(rng, shape, 0.5) + 4 * smooth_noise(rng, shape, np.full(3, 40.0), 1)[0]
     return np.clip(1.2 - np.abs(distance), 0, 1)
 
 
@@ -372,17 +351,17 @@ def _wall(rng: np.random.Generator, image: np.ndarray) -> None:
     """A chest wall on one side: pleura, muscle, fat beyond it, ribs across."""
     shape = image.shape
     depth = _plane(rng, shape, 0.0) - np.float32(rng.uniform(0.22, 0.48) * shape[0])
-    depth += np.float32(rng.uniform(1, 4)) * _smooth_noise(rng, shape, np.full(3, 22.0), 1)[0]
+    depth += np.float32(rng.uniform(1, 4)) * smooth_noise(rng, shape, np.full(3, 22.0), 1)[0]
     inside = np.clip(depth + 0.5, 0, 1)
     tissue = np.full(shape, _SOFT * rng.uniform(0.94, 1.08), np.float32)
-    fat = np.clip(depth - rng.uniform(5, 14) + 2 * _smooth_noise(rng, shape, np.full(3, 9.0), 1)[0], 0, 1)
+    fat = np.clip(depth - rng.uniform(5, 14) + 2 * smooth_noise(rng, shape, np.full(3, 9.0), 1)[0], 0, 1)
     tissue -= fat * np.float32(rng.uniform(150, 350))
     across = _plane(rng, shape, 1.0) / np.float32(rng.uniform(14, 24))
     height = np.abs(across - np.rint(across)) * 2  # 0 in the middle of a rib, 1 between two
     middle, half = rng.uniform(4, 8), rng.uniform(2.5, 4.5)
     rib = np.clip(1.5 - np.maximum(np.abs(depth - middle) / half, height / 0.4), 0, 1) * (depth > 0.5)
     tissue += np.minimum(1, 2 * rib) * (np.float32(_BONE * rng.uniform(0.85, 1.1)) - tissue)
-    tissue += 60 * _smooth_noise(rng, shape, np.full(3, 5.0), 1)[0]
+    tissue += 60 * smooth_noise(rng, shape, np.full(3, 5.0), 1)[0]
     image += inside * (tissue - image)
 
 
@@ -535,62 +514,17 @@ def _paste_nodule(
     return None
 
 
-# ---- files
-
-
 def _write_case(job: dict[str, Any]) -> None:
-    import nibabel as nib
-
     ratings = read_ratings(Path(job["data"]))
     nodules = [replace(_read(job["data"], name), ratings=ratings[name]) for name in job["nodules"]]
     rng = np.random.default_rng([job["seed"], 1, job["number"]])
-    # Six crops are enough to distract on one canvas; reading them all for each would take longer than drawing it.
-    chosen = rng.permutation(len(job["others"]))[:6]
-    others = [_read(job["data"], job["others"][i]) for i in chosen]
-    canvas = lung_canvas(nodules, others, rng, job["size"])
-    folder = Path(job["folder"])
-    for part, array in (("images", canvas.image), ("masks", canvas.label)):
-        volume = nib.Nifti1Image(array, canvas.affine)
-        volume.set_sform(canvas.affine, code=1)
-        volume.set_qform(canvas.affine, code=1)
-        volume.header.set_xyzt_units("mm")
-        data = gzip.compress(volume.to_bytes(), compresslevel=1, mtime=0)
-        (folder / part / f"{job['id']}.nii.gz").write_bytes(data)
-    found = [_finding(one, canvas.affine) for one in canvas.nodules]
-    (folder / "masks" / f"{job['id']}.json").write_text(json.dumps(found))
-
-
-def _finding(one: Placed, affine: np.ndarray) -> dict[str, Any]:
-    """A nodule as a manifest lists it."""
-    center = affine[:3, :3] @ np.asarray(one.center) + affine[:3, 3]
-    found: dict[str, Any] = {"center": [round(float(v), 2) for v in center], "size": list(one.size)}
-    if one.ratings["malignancy"] != 3:
-        found["malignant"] = int(one.ratings["malignancy"] > 3)
-    return found | dict(one.ratings)
-
-
-def _write_manifest(folder: Path, jobs: Sequence[dict[str, Any]]) -> None:
-    with open(folder / "manifest.csv", "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("id", "split", "ct", "mask", "nodules", "names"))
-        for job in jobs:
-            listed = folder / "masks" / f"{job['id']}.json"
-            files = (f"images/{job['id']}.nii.gz", f"masks/{job['id']}.nii.gz")
-            writer.writerow((job["id"], job["split"], *files, listed.read_text(), " ".join(job["nodules"])))
-            listed.unlink()
-
-
-def _check(counts: Mapping[str, int], held_out: int, share: float, seed: int, size: int) -> None:
-    for split, count in counts.items():
-        if count < 0:
-            raise UserError(f"n_{split} is {count}: give 0 or more canvases")
-    if not sum(counts.values()):
-        raise UserError("n_train, n_val and n_test are all 0: ask for at least one canvas")
-    if held_out not in range(4):
-        raise UserError(f"held_out is {held_out}: the nodules are divided into quarters, 0 to 3")
-    if not 0 <= share < 1:
-        raise UserError(f"share is {share}: the validation split takes 0 to 1 (less than all) of what is not held out")
-    if seed < 0:
-        raise UserError(f"seed is {seed}: give 0 or more")
-    if size < 64:
-        raise UserError(f"size is {size}: a canvas needs 64 voxels or more, for nodules of up to 40 mm")
+    # A few crops are enough to distract on one canvas; reading them all for each would take longer than drawing it.
+    chosen = rng.permutation(len(job["others"]))[:8]
+    canvas = lung_canvas(nodules, [_read(job["data"], job["others"][i]) for i in chosen], rng, job["size"])
+    listed = []
+    for one in canvas.nodules:
+        malignancy = one.ratings["malignancy"]
+        known = {} if malignancy == 3 else {"malignant": int(malignancy > 3)}
+        listed.append(finding(one.center, one.size, canvas.affine, {**known, **one.ratings}))
+    row = {"nodules": listed, "names": " ".join(one.name for one in canvas.nodules)}
+    write_case(job, canvas.image, canvas.label, canvas.affine, row)

@@ -73,7 +73,7 @@ def summarize(
             row names its case, the k-th row of each class is taken to be of the k-th case.
         metrics: Keys to summarise.
         classes: Which classes, in this order; all in order of appearance if None.
-        n: Number of resamples.
+        n: Number of resamples; 0: no intervals (None).
         seed: Of the resampling; all metrics see the same resamples.
 
     Returns:
@@ -83,7 +83,7 @@ def summarize(
     Raises:
         UserError: rows without 'class' or one of the metrics; a case with two rows of one class.
     """
-    _check(LEVEL, n)
+    _check(LEVEL, n, least=0)
     names = list(dict.fromkeys(row["class"] for row in rows if "class" in row)) if classes is None else list(classes)
     wanted = [row for row in rows if row.get("class") in set(names)]
     if any("class" not in row for row in rows):
@@ -140,7 +140,7 @@ def summarize_cohort(
             'group' (the patient) as in `summarize`; without them each row is its own patient.
         statistics: Metric -> function of the columns of one class, key -> array [rows], to a number (nan: undefined).
         classes: Which classes, in this order; all in order of appearance if None.
-        n: Number of resamples.
+        n: Number of resamples; 0: no intervals (None).
         seed: Of the resampling; all metrics and classes see the same resamples.
 
     Returns:
@@ -149,7 +149,7 @@ def summarize_cohort(
     Raises:
         UserError: a row without 'class'.
     """
-    _check(LEVEL, n)
+    _check(LEVEL, n, least=0)
     if any("class" not in row for row in rows):
         raise UserError("summarize: a row has no 'class'")
     names = list(dict.fromkeys(row["class"] for row in rows)) if classes is None else list(classes)
@@ -194,11 +194,11 @@ def summarize_cohort(
     return result
 
 
-def _check(level: float, n: int) -> None:
+def _check(level: float, n: int, least: int = 1) -> None:
     if not 0 < level < 1:
         raise UserError(f"bootstrap level {level} is outside (0, 1)")
-    if n < 1:
-        raise UserError(f"bootstrap needs at least one resample, not {n}")
+    if n < least:
+        raise UserError(f"bootstrap needs at least {least} resample(s), not {n}")
 
 
 def _groups(rows: Sequence[Mapping[str, Any]]) -> list[Hashable]:

@@ -27,7 +27,9 @@ def chosen(function: Callable[..., Array], gate: Array, batch: Array, *operands:
         done, x = state
         i = jnp.argmax(count == done + 1)
         parts = [lax.dynamic_index_in_dim(a, i, 0, keepdims=False) for a in (x, *given)]
-        return done + 1, lax.dynamic_update_index_in_dim(x, function(*parts), i, 0)
+        # Without the barriers a batch of one example is fused otherwise, and its last bits differ.
+        made = lax.optimization_barrier(function(*lax.optimization_barrier(parts)))
+        return done + 1, lax.dynamic_update_index_in_dim(x, made, i, 0)
 
     first = count[-1] * 0
     return lax.while_loop(lambda state: state[0] < count[-1], body, (first, batch))[1]

@@ -144,6 +144,6 @@ def _look(case: cohorts.Case, modalities: Sequence[str], spec: Mapping[str, Any]
         tuple(kept[a] for a in order),
         tuple(float(f"{images.spacing[a]:.6g}") for a in order),
         quantiles,
-        # Sums of whole planes do not depend on the order of the axes' voxels beyond rounding.
+        # Nine digits of a sum do not depend on the order of the voxels, which a file's axes rule.
         (float(mask.sum()), float(f"{first.sum(dtype=np.float64):.9g}"), float(first.min()), float(first.max())),
     )

@@ -77,8 +77,10 @@ def search(
     measure: Callable[[Topology, int], Trial],
     limit: Callable[[Topology], int],
     itemsize: int = 4,
+    least: int = MIN_BATCH,
+    rounds: int = 1,
 ) -> list[Trial]:
-    """The largest patch that fits at batch `MIN_BATCH`, then the largest batch up to the limit.
+    """The largest patch that fits at batch `least`, then the largest batch up to the limit.
 
     Between two measurements a need is taken to be state + bytes x batch x weight, with bytes from the last one. What
     is chosen was measured.
@@ -86,6 +88,7 @@ def search(
     Args:
       nets: patches, from the largest on. weight: elements of a network's feature maps for one example.
       measure: compiles. limit: the largest batch allowed for a patch. itemsize: bytes of a feature map's element.
+      least: the smallest batch. rounds: every batch is a multiple of it (`optim.accumulate`), as `least` must be.
 
     Returns:
       The measurements; the last is the chosen one. Raises TooSmall if even the smallest patch does not fit.
@@ -106,12 +109,12 @@ def search(
     below, fits = -1, len(nets)  # nets up to `below` do not fit, nets[fits] does
     while True:
         between = range(below + 1, fits)
-        guess = next((i for i in between if expected(nets[i], MIN_BATCH) <= budget), None)
+        guess = next((i for i in between if expected(nets[i], least) <= budget), None)
         if guess is None:
             if fits < len(nets) or not between:
                 break
             guess = between[-1]
-        if learn(nets[guess], MIN_BATCH).needed <= budget:
+        if learn(nets[guess], least).needed <= budget:
             fits = guess
         else:
             below = guess
@@ -122,12 +125,12 @@ def search(
     chosen = next(t for t in reversed(trials) if t.net == nets[fits])
     state, bytes_each = chosen.state, max(1e-9, chosen.needed - chosen.state) / (chosen.batch * weight(chosen.net))
     room = (budget - state) / (bytes_each * weight(chosen.net))
-    batch = min(limit(chosen.net), math.floor(room))
+    batch = min(limit(chosen.net), math.floor(room)) // rounds * rounds
     while batch > chosen.batch:
         if learn(chosen.net, batch).needed <= budget:
             chosen = trials[-1]
             break
-        batch = min(batch - 1, math.floor((budget - state) / (bytes_each * weight(chosen.net))))
+        batch = min(batch - 1, math.floor((budget - state) / (bytes_each * weight(chosen.net)))) // rounds * rounds
     if trials[-1] is not chosen:
         trials.append(trials.pop(trials.index(chosen)))
     return trials

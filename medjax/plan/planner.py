@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 
 from medjax import config as config_lib
 from medjax.data import cohort as cohorts
-from medjax.data import dataset, preprocess
+from medjax.data import dataset, preprocess, sampler
 from medjax.errors import UserError
 from medjax.logging import Progress, say
 from medjax.plan import memory, recipe, rules
@@ -332,7 +333,8 @@ class _Planner:
         # As nnU-Net counts: labels or regions, and the background.
         self._outputs = sum(t.outputs + bool(getattr(t, "regions", ())) for t in job.values())
         # A backbone whose stages are lists takes the rules' stages; another keeps its own and takes the patch.
-        self._staged = {"features", "factors", "kernels"} <= set(config.model)
+        own = {"model.factors", "model.kernels"} & given
+        self._staged = {"features", "factors", "kernels"} <= set(config.model) and not own
 
     def apply(self, config: ConfigDict, net: rules.Topology, batch: int) -> None:
         """Writes a network and a batch size into an unlocked configuration."""
@@ -357,6 +359,8 @@ class _Planner:
     def like(self, name: str, budget: int | None) -> list[memory.Trial]:
         """nnU-Net's own choice, from its estimate; nothing is compiled."""
         preset = rules.PRESETS[name]
+        if fixed := sorted({"data.patch", "data.batch_size", "model.factors", "model.kernels"} & self._given):
+            raise UserError(f"--like={name} decides on {fixed[0]}: leave --config.{fixed[0]} out, or leave out --like")
         gigabytes = None if budget is None else budget / 1e9
         cases = len(self._division.fitted)
         net, batch = rules.like_nnunet(preset, self._spacing, self._median, cases, self._outputs, gigabytes)
@@ -395,12 +399,16 @@ class _Planner:
                 return float(np.prod(net.patch))
             return rules.elements(net, self._outputs, blocks, self._width)
 
+        own_batch = int(config.data.batch_size) if "data.batch_size" in self._given else None
+
         def limit(net: rules.Topology) -> int:
-            return rules.batch_limit(net.patch, self._median, len(self._division.fitted))
+            return own_batch or rules.batch_limit(net.patch, self._median, len(self._division.fitted))
 
         try:
             itemsize = DTYPES[config.train.precision].dtype.itemsize
-            return memory.search(nets, budget, weight, measure, limit, itemsize)
+            rounds = config.optim.accumulate
+            least = own_batch or math.ceil(rules.MIN_BATCH / rounds) * rounds
+            return memory.search(nets, budget, weight, measure, limit, itemsize, least, rounds)
         except memory.TooSmall as error:
             need = error.trial.needed
             cures = [f"--budget={need / 1e9 * 1.05:.2f}GB"]
@@ -411,14 +419,19 @@ class _Planner:
             if config.train.precision == "float32":
                 cures.append("--config.train.precision=bfloat16")
             raise UserError(
-                f"--budget={budget / 1e9:.3g}GB is too small: the smallest patch, {_by(error.trial.net.patch)} at "
+                f"--budget={budget / 1e9:.3g}GB is too small: even the patch {_by(error.trial.net.patch)} at "
                 f"batch {error.trial.batch}, needs {need / 1e9:.3g} GB. What would help: {', or '.join(cures)}"
             ) from None
 
     def _candidates(self, model: Any) -> list[rules.Topology]:
+        factor = tuple(model.backbone.total_factor())
+        if "data.patch" in self._given:
+            patch = tuple(self._config.data.patch)
+            net = rules.topology(self._spacing, patch) if self._staged else rules.fixed(patch, factor)
+            sampler.check_multiple(patch, net.multiple)
+            return [net]
         if self._staged:
             return list(rules.sequence(self._spacing, self._median))
-        factor = tuple(model.backbone.total_factor())
         return list(rules.patches_of(factor, self._spacing, self._median))
 
 

@@ -187,11 +187,16 @@ def sequence(spacing: Sequence[float], median: Sequence[float]) -> Iterator[Topo
         step = shrink(step, spacing, median)
 
 
+def fixed(patch: Sequence[int], multiple: Triple) -> Topology:
+    """A patch for a network whose stages are its own and halve by `multiple` in all; `kernels` say nothing."""
+    return Topology(_triple(patch), (multiple,), ((3, 3, 3),) * 2)
+
+
 def patches_of(multiple: Triple, spacing: Sequence[float], median: Sequence[float]) -> Iterator[Topology]:
     """Ever smaller patches for a network whose stages are its own; `multiple`: its downsampling in all."""
     patch = [math.ceil(n / m) * m for n, m in zip(_start_size(spacing, median), multiple, strict=True)]
     while True:
-        yield Topology(_triple(patch), (multiple,), ((3, 3, 3),) * 2)
+        yield fixed(patch, multiple)
         axes = [a for a in _axes_to_reduce(_triple(patch), spacing, median) if patch[a] > multiple[a]]
         if not axes:
             return

@@ -139,8 +139,11 @@ class Task(Protocol):
           prediction: from `decode`. reference: mask on the same grid, or from `reference`. spacing: of the grid, mm.
         """
 
-    def summarize(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def summarize(self, rows: Sequence[Mapping[str, Any]], *, resamples: int = 1000) -> dict[str, Any]:
         """Metrics of a cohort from the rows of its cases, to which the spine has added 'case' and 'group'.
+
+        Args:
+          resamples: of the bootstrap; 0: no intervals, for scores while training.
 
         Returns:
           `{metric: {"mean": m, "ci95": [low, high], "per_class": {class: {"mean": m, "ci95": [low, high], "n": n}}}}`,

@@ -228,7 +228,7 @@ class Classification(Defaults):
             if not np.isnan(truths[n])
         ]
 
-    def summarize(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def summarize(self, rows: Sequence[Mapping[str, Any]], *, resamples: int = 1000) -> dict[str, Any]:
         """One answer against the rest: AUROC, AP, sensitivity and specificity as called, sensitivity at the asked
         specificity, Brier, ECE. Of exclusive classes besides: accuracy, balanced accuracy, kappa, multi-class Brier
         and ECE."""
@@ -250,7 +250,7 @@ class Classification(Defaults):
             "ece": lambda t: metrics.calibration_error(t["probability"], t["reference"]),
         }
         if self.problem == "multilabel":
-            return stats.summarize_cohort(rows, each | alone, self.answers)
+            return stats.summarize_cohort(rows, each | alone, self.answers, n=resamples)
 
         def confusion(t: Mapping[str, np.ndarray]) -> np.ndarray:
             return metrics.confusion(t["predicted"], t["truth"], len(self.names))
@@ -271,8 +271,8 @@ class Classification(Defaults):
                 "brier": lambda t: metrics.brier(matrix(t), t["truth"]),
                 "ece": lambda t: metrics.calibration_error(matrix(t), t["truth"]),
             }
-        found = stats.summarize_cohort(rows, each, self.answers)
-        return found | stats.summarize_cohort(self._cases(rows), together)
+        found = stats.summarize_cohort(rows, each, self.answers, n=resamples)
+        return found | stats.summarize_cohort(self._cases(rows), together, n=resamples)
 
     def _cases(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """One row a case with its probabilities p0, p1... The k-th row of each answer is of the k-th case."""

@@ -370,7 +370,7 @@ class Detection(Defaults):
         }
         return self._row(name, "hit", **values)
 
-    def summarize(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def summarize(self, rows: Sequence[Mapping[str, Any]], *, resamples: int = 1000) -> dict[str, Any]:
         """CPM, the sensitivities it is the mean of, average precision; of what is found: distance, size, attributes."""
         marked, seen = [], set()
         for number, row in enumerate(rows):
@@ -409,7 +409,7 @@ class Detection(Defaults):
                 wanted[f"{name}_auroc"] = hits(class_metrics.auroc, name, f"{name}_reference")
             else:
                 wanted[f"{name}_mae"] = hits(number_metrics.mean_absolute_error, name, f"{name}_reference")
-        return stats.summarize_cohort(marked, wanted, self.names)
+        return stats.summarize_cohort(marked, wanted, self.names, n=resamples)
 
     def selection(self, summary: Mapping[str, Any]) -> float:
         return first_metric(summary, "cpm") or 0.0

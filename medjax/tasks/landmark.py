@@ -177,9 +177,9 @@ class Landmark(Defaults):
             )
         return rows
 
-    def summarize(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def summarize(self, rows: Sequence[Mapping[str, Any]], *, resamples: int = 1000) -> dict[str, Any]:
         """Mean error in mm, and the share found within the tolerance."""
-        return stats.summarize(rows, ("error_mm", "found"), self.names)
+        return stats.summarize(rows, ("error_mm", "found"), self.names, n=2 * resamples)
 
     def selection(self, summary: Mapping[str, Any]) -> float:
         """1 / (1 + mean error / tolerance)."""

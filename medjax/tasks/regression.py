@@ -185,7 +185,7 @@ class Regression(Defaults):
                 rows.append({"class": name, "prediction": value, **ends, "reference": truth, "error": value - truth})
         return rows
 
-    def summarize(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def summarize(self, rows: Sequence[Mapping[str, Any]], *, resamples: int = 1000) -> dict[str, Any]:
         """MAE, RMSE, R², correlation, Bland & Altman's bias and limits, coverage of the interval."""
 
         def of(function: Any) -> Any:
@@ -202,7 +202,7 @@ class Regression(Defaults):
         }
         if self.uncertainty != "none":
             wanted["coverage"] = lambda t: metrics.coverage(t["low"], t["high"], t["reference"])
-        return stats.summarize_cohort(rows, wanted, self.numbers)
+        return stats.summarize_cohort(rows, wanted, self.numbers, n=resamples)
 
     def selection(self, summary: Mapping[str, Any]) -> float:
         """1 / (1 + MAE in standard deviations), the mean over numbers: 1 is perfect, ½ a standard deviation off."""

@@ -340,7 +340,7 @@ class Segmentation(Defaults):
                 row |= {"lesion_dice": found.dice, "lesion_hd95": found.hd95, "lesion_f1": found.f1}
         return rows
 
-    def summarize(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def summarize(self, rows: Sequence[Mapping[str, Any]], *, resamples: int = 1000) -> dict[str, Any]:
         """Means of the cases' metrics, and Bland & Altman's limits of agreement of the volumes."""
         names = list(self.classes)
         extra = [m for m in EXTRA if rows and m in rows[0]]
@@ -348,7 +348,8 @@ class Segmentation(Defaults):
             "volume_low_ml": lambda t: regression.bland_altman(t["volume_ml"], t["reference_ml"]).low,
             "volume_high_ml": lambda t: regression.bland_altman(t["volume_ml"], t["reference_ml"]).high,
         }
-        return stats.summarize(rows, (*MEANS, *extra), names) | stats.summarize_cohort(rows, limits, names)
+        means = stats.summarize(rows, (*MEANS, *extra), names, n=2 * resamples)
+        return means | stats.summarize_cohort(rows, limits, names, n=resamples)
 
     def selection(self, summary: Mapping[str, Any]) -> float:
         return summary["dice"]["mean"] or 0.0

@@ -1,0 +1,383 @@
+"""A prepared case as one file: an array_record file with one `tf.train.Example`, and JSON beside it that says where its
+arrays lie, so that a part of an array is read without the rest.
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import hashlib
+import json
+import math
+import os
+import threading
+import uuid
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medjax.data import preprocess
+from medjax.data.cases import Case
+from medjax.data.sampler import foreground_points
+from medjax.errors import UserError, warn_once
+
+FORMAT = 1  # of a case's file and of the JSON beside it
+# array_record's files (riegeli's records format): blocks of 64 KiB that begin with a header; the rest is one stream.
+_BLOCK, _HEADER = 1 << 16, 24
+_PAYLOAD = _BLOCK - _HEADER
+_OPTIONS = "group_size:1,uncompressed"  # voxels are read in place, and compressing floats costs more than it saves
+_LARGEST = (1 << 31) - (1 << 20)  # bytes a protocol buffer may have, less room for the small features
+_PIECES = 512  # pairs of buffers a preadv call takes (IOV_MAX is 1024)
+_NO_MASK = (2, 2, 2)  # shape of a mask that is not there; TFDS's numpy reader trips over empty arrays
+
+MASKS = ("mask", "findings")
+"""Kinds of targets (`medjax.data.targets.KINDS`) that have a mask."""
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+class _Damaged(Exception):
+    """A case's file is gone, shorter than it was, or holds other bytes."""
+
+
+class Record:
+    """A case's file: bytes of its Example, each block compared with its checksum when first touched."""
+
+    def __init__(self, path: Path, about: Mapping[str, Any], rebuild: Callable[[], Mapping[str, Any]] | None) -> None:
+        self.path, self._rebuild, self._lock = path, rebuild, threading.Lock()
+        self._arrays = about["arrays"]
+        self._take(about)
+
+    def _take(self, about: Mapping[str, Any]) -> None:
+        self._start = int(about["start"])
+        self._sums = np.frombuffer(base64.b64decode(about["blocks"]), "<u4")
+        self._checked = bytearray(len(self._sums))
+
+    def runs(self, wanted: Callable[[], Iterable[tuple[int, np.ndarray]]]) -> None:
+        """Fills contiguous arrays, each from the byte offset beside it, in turn; a damaged file is mended once."""
+        checked = self._checked
+        try:
+            self._runs(wanted())
+        except _Damaged as error:
+            self._mend(str(error), checked)
+            try:
+                self._runs(wanted())
+            except _Damaged as again:
+                raise UserError(f"{self.path}: {again}, again after it was prepared anew; check the disk") from None
+
+    def _runs(self, wanted: Iterable[tuple[int, np.ndarray]]) -> None:
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                for first, out in wanted:
+                    self._run(fd, first, memoryview(out.data).cast("B"))
+            finally:
+                os.close(fd)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.EIO, errno.ESTALE):
+                raise _Damaged(error.strerror) from None
+            raise UserError(f"{self.path}: cannot be read: {error.strerror}") from None
+
+    def _run(self, fd: int, first: int, out: memoryview) -> None:
+        block, within = divmod(self._start + first, _PAYLOAD)
+        last = (self._start + first + len(out) - 1) // _PAYLOAD
+        if self._checked.find(0, block, last + 1) != -1:
+            self._check(fd, block, last)
+        at, done = block * _BLOCK + _HEADER + within, 0
+        header = bytearray(_HEADER)
+        while done < len(out):
+            buffers: list[Any] = []
+            begun = done
+            while done < len(out) and len(buffers) < 2 * _PIECES:
+                size = min(_PAYLOAD - within, len(out) - done)
+                buffers += (out[done : done + size], header)
+                done, within = done + size, 0
+            buffers.pop()  # the header after the last piece
+            size = done - begun + _HEADER * (len(buffers) // 2)
+            if os.preadv(fd, buffers, at) != size:
+                raise _Damaged("shorter than it was")
+            at += size + _HEADER
+
+    def _check(self, fd: int, block: int, last: int) -> None:
+        for number in range(block, last + 1):
+            if not self._checked[number]:
+                data = os.pread(fd, _BLOCK, number * _BLOCK)
+                if zlib.crc32(data) != self._sums[number]:
+                    raise _Damaged(f"damaged (block {number} of {len(self._sums)} is not what was written)")
+                self._checked[number] = 1
+
+    def _mend(self, what: str, seen: bytearray) -> None:
+        with self._lock:
+            if self._checked is not seen:  # another thread has just mended it
+                return
+            if self._rebuild is None:
+                raise UserError(f"{self.path}: {what}. Delete it and prepare the store again where the sources are.")
+            warn_once(f"{self.path}: {what}; the case is prepared anew")
+            about = self._rebuild()
+            if about["arrays"] != self._arrays:
+                raise UserError(f"{self.path}: {what}, and prepared anew it is not what it was; give the command again")
+            self._take(about)
+
+
+class Stored:
+    """An array in the store, read when it is sliced; `numpy.asarray` reads all of it.
+
+    Attributes:
+      shape, ndim: of the array. dtype: of what slicing gives (`kept` is the type on disk).
+    """
+
+    def __init__(self, record: Record, at: int, shape: Sequence[int], kept: str, dtype: str) -> None:
+        self._record, self._at, self._kept = record, at, np.dtype(kept)
+        self.shape, self.ndim, self.dtype = tuple(shape), len(shape), np.dtype(dtype)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[()], dtype)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """As numpy's; slices of step 1 along the first three axes read what they name, anything else reads it all."""
+        cuts = index if isinstance(index, tuple) else (index,)
+        if len(cuts) > 3 or any(not isinstance(c, slice) or c.step not in (None, 1) for c in cuts):
+            return self[()][index]
+        bounds = [c.indices(n)[:2] for c, n in zip(cuts, self.shape, strict=False)]
+        sizes = [max(0, stop - start) for start, stop in bounds]
+        tail = self.shape[len(cuts) :]
+        out = np.empty((*sizes, *tail), self._kept)
+        if out.size:
+            self._fill(out, [start for start, _ in bounds], sizes)
+        return out.astype(self.dtype, copy=False)
+
+    def _fill(self, out: np.ndarray, starts: list[int], sizes: list[int]) -> None:
+        # Axes that are taken whole lie together with what follows.
+        while sizes and sizes[-1] == self.shape[len(sizes) - 1]:
+            starts.pop()
+            sizes.pop()
+        strides = [self._kept.itemsize * math.prod(self.shape[i + 1 :]) for i in range(len(starts))]
+        first = self._at + sum(s * n for s, n in zip(starts[:2], strides, strict=False))
+
+        def runs() -> Iterator[tuple[int, np.ndarray]]:
+            if len(sizes) < 2:
+                yield first, out
+            elif len(sizes) == 2:
+                for x in range(sizes[0]):
+                    yield first + x * strides[0], out[x]
+            else:
+                # Rows [y, whole z] lie together: read them, keep the z that are wanted.
+                rows = np.empty((sizes[1], *self.shape[2:]), self._kept)
+                for x in range(sizes[0]):
+                    yield first + x * strides[0], rows
+                    out[x] = rows[:, starts[2] : starts[2] + sizes[2]]
+
+        self._record.runs(runs)
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def write(path: Path, record: bytes, about: dict[str, Any]) -> None:
+    """Writes a case's Example and the JSON beside it; both are renamed into place when whole."""
+    beside = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.part")
+    for left in path.parent.glob(f".{path.stem}.*.part"):  # of a build that was killed
+        left.unlink(missing_ok=True)
+    try:
+        _write_record(beside, record)
+        about["start"], about["blocks"], about["size"] = _sums(beside, record)
+        body = json.dumps(about)
+        write_text(path.with_suffix(".json"), json.dumps({"digest": digest_of(body.encode()), "about": body}))
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _write_record(path: Path, record: bytes) -> None:
+    try:
+        from array_record.python import array_record_module
+    except ImportError:
+        raise UserError("data.store: a store is written with array_record: pip install array_record") from None
+    try:
+        writer = array_record_module.ArrayRecordWriter(str(path), _OPTIONS)
+        writer.write(record)
+        writer.close()
+    except RuntimeError as error:
+        # "write() failed: No space left on device; writing <path>; at byte ..."
+        raise no_room(path.parent, str(error).partition(";")[0].rpartition(": ")[2]) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    # A name of its own: processes of one number may write from several machines.
+    beside = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.part")
+    try:
+        beside.write_text(text)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _sums(path: Path, record: bytes) -> tuple[int, str, int]:
+    """Reads a file back: (where in its stream the record begins, its blocks' checksums, its size)."""
+    sums, at = [], 0
+    with path.open("rb") as file:
+        block = file.read(_BLOCK)
+        start = block.find(record[:64]) - _HEADER
+        if start < 0:
+            raise UserError(f"{path}: array_record has laid the file out in a way this medjax does not know; report it")
+        within = _HEADER + start
+        while block:
+            sums.append(zlib.crc32(block))
+            if at < len(record):
+                here = record[at : at + len(block) - within]
+                if here != block[within : within + len(here)]:
+                    raise UserError(f"{path}: the disk does not give back what was written; check it")
+                at, within = at + len(here), _HEADER
+            block = file.read(_BLOCK)
+    return start, _text(np.asarray(sums, "<u4").tobytes()), path.stat().st_size
+
+
+def encode(case: Case, plan: preprocess.Plan, prepared: preprocess.Prepared) -> tuple[bytes, dict[str, Any]]:
+    """A case as a serialised `tf.train.Example`, and where its arrays lie in it.
+
+    The encoding is protocol buffers' wire format: Example {1: Features {1: map<string, Feature>}}, a Feature being {1:
+    BytesList {1: bytes}} or {3: Int64List {1: packed varints}}. Arrays are raw little-endian bytes in C order (TFDS's
+    `Encoding.BYTES`); one with several axes of unknown length has its shape beside it, as TFDS has it. A TFDS
+    example has every feature: what the case has no target for is there as a mask of another shape, class -1 or NaN, and
+    `known` says so.
+    """
+    pieces: list[bytes | memoryview] = []
+    arrays: dict[str, dict[str, Any]] = {}
+
+    def put(name: str, value: bytes | memoryview) -> None:
+        pieces.extend((_head(name, len(value)), value))
+
+    def array(name: str, value: np.ndarray, kept: Any, dynamic: bool) -> None:
+        raw = np.asarray(value, np.dtype(kept).newbyteorder("<"), order="C")
+        put(f"{name}/value" if dynamic else name, memoryview(raw.data).cast("B") if raw.size else b"")
+        at = sum(map(len, pieces)) - raw.nbytes
+        arrays[name] = {"at": at, "shape": raw.shape, "kept": raw.dtype.str, "dtype": value.dtype.str}
+        if dynamic:
+            pieces.append(_int_feature(f"{name}/shape", raw.shape))
+
+    array("image", prepared.image, np.float32, True)
+    for task in plan.kinds:
+        known = task in prepared.targets or task in prepared.values
+        array(f"known/{task}", np.asarray(known, np.uint8), np.uint8, False)
+    points: dict[str, list[tuple[int, int, int]]] = {}
+    for task, kind in plan.kinds.items():
+        if kind in MASKS:
+            known = task in prepared.targets
+            mask = prepared.targets[task] if known else np.zeros(_NO_MASK, np.uint8)
+            array(f"targets/{task}", mask, mask_dtype(plan, task), True)
+            found = foreground_points(mask, ignore=plan.ignore)
+            firsts = np.cumsum([0, *map(len, found.values())])
+            points[task] = [(v, int(first), len(p)) for (v, p), first in zip(found.items(), firsts, strict=False)]
+            array(f"points/{task}", np.concatenate([np.zeros((0, 3), np.int32), *found.values()]), np.int32, False)
+        if kind != "mask":
+            value = prepared.values.get(task, _unknown(kind))
+            if value.size == 0:  # no findings
+                value = np.full((1, max(1, value.shape[1])), np.nan, np.float32)
+            array(f"values/{task}", value, value.dtype, value.ndim > 1)
+    array("spacing", np.asarray(prepared.geometry.spacing, np.float32), np.float32, False)
+    array("present", np.asarray(prepared.present, np.uint8), np.uint8, False)
+    for name, text in (("id", case.id), ("group", case.group), ("geometry", prepared.geometry.to_json())):
+        put(name, text.encode())
+    length = sum(map(len, pieces))
+    if length > _LARGEST:
+        raise UserError(
+            f"case {case.id}: {length / 1e9:.2f} GB when prepared, but a record of the store holds 2.1 GB. Choose a "
+            "coarser data.preprocess.spacing, or train without data.store"
+        )
+    head = b"\x0a" + _varint(length)
+    for place in arrays.values():
+        place["at"] += len(head)
+    about = {
+        "id": case.id,
+        "group": case.group,
+        "arrays": arrays,
+        "targets": [task for task in plan.kinds if task in prepared.targets],
+        "points": points,
+        "values": {t: [v.dtype.str, v.shape, _text(v.tobytes())] for t, v in prepared.values.items()},
+        "geometry": prepared.geometry.to_json(),
+        "present": prepared.present,
+        "scale": prepared.scale,
+    }
+    return b"".join((head, *pieces)), about
+
+
+def mask_dtype(plan: preprocess.Plan, task: str) -> np.dtype:
+    """Type of a task's masks on disk, the same for every case of the dataset."""
+    if plan.kinds[task] == "findings":
+        return np.dtype(np.uint16)
+    largest = max(plan.declared, default=0) if plan.declared else np.iinfo(np.int32).max
+    return np.dtype(next(d for d in (np.uint8, np.uint16, np.int32) if largest <= np.iinfo(d).max))
+
+
+def _unknown(kind: str) -> np.ndarray:
+    """What stands for a target that a case lacks."""
+    if kind == "class":
+        return np.asarray(-1, np.int32)
+    return np.full({"number": (), "vector": (1,), "findings": (1, 1)}[kind], np.nan, np.float32)
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes((*out, number))
+
+
+def _head(name: str, size: int) -> bytes:
+    """What comes before the `size` bytes of a feature that is one byte string."""
+    value = b"\x0a" + _varint(size)
+    values = b"\x0a" + _varint(len(value) + size)
+    return _entry(name, len(values) + len(value) + size) + values + value
+
+
+def _int_feature(name: str, numbers: Sequence[int]) -> bytes:
+    packed = b"".join(map(_varint, numbers))
+    value = b"\x0a" + _varint(len(packed)) + packed
+    values = b"\x1a" + _varint(len(value)) + value
+    return _entry(name, len(values)) + values
+
+
+def _entry(name: str, size: int) -> bytes:
+    """What comes before a feature of `size` bytes in the map of features."""
+    key = b"\x0a" + _varint(len(name.encode())) + name.encode()
+    feature = b"\x12" + _varint(size)
+    return b"\x0a" + _varint(len(key) + len(feature) + size) + key + feature
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def array_of(dtype: str, shape: Sequence[int], data: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(data), dtype).reshape(shape)
+
+
+def digest_of(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def about_if_whole(path: Path) -> dict[str, Any] | None:
+    """What the JSON beside a case says, if it is what was written and the case has the size it should."""
+    try:
+        table = json.loads(path.with_suffix(".json").read_text())
+        if digest_of(table["about"].encode()) != table["digest"]:
+            return None
+        about: dict[str, Any] = json.loads(table["about"])
+        return about if path.stat().st_size == about["size"] else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def no_room(folder: Path, reason: str) -> UserError:
+    return UserError(
+        f"{folder}: cannot write the store: {reason}. The finished cases are kept; free some room (or choose another "
+        "data.store) and give the same command again"
+    )
