@@ -173,8 +173,8 @@ def _patches_monai(folder: Path, count: int, patches: int) -> Setup:
                     mt.SelectItemsd(keys),
                 ]
             )
-            # Each case several times, so that an epoch is long and starting its workers counts little.
-            data = CacheDataset(_files(folder, count), chain, num_workers=2, progress=False)
+            # No copy of what is cached: the crop is one. Each case several times, so that an epoch is long and starting its workers counts little.
+            data = CacheDataset(_files(folder, count), chain, num_workers=2, copy_cache=False, progress=False)
             data.data = data.data * 400
             loader = DataLoader(
                 data, batch_size=max(1, BATCH // per_volume), num_workers=workers, shuffle=True,

@@ -41,6 +41,7 @@ def get_config(arg=None):
         }
     )
     config.model = ConfigDict({"name": "unet", "features": (16, 32, 64, 128), "levels": 2})
+    config.model.convs, config.model.decoder_convs = (1, 2, 2, 2), (1, 2, 2)
     config.tasks = ConfigDict(
         {
             "outline": {"type": "segmentation", "levels": 2, "batch_dice": True, "lesions": True},
@@ -48,12 +49,13 @@ def get_config(arg=None):
                 "type": "detection",
                 "names": ("nodule",),
                 "attributes": (("malignant", "binary"), ("texture", "number")),
-                "level": 0,
+                "weight": 0.2,
+                "spread": 0.2,
             },
         }
     )
     config.optim = ConfigDict(
-        {"name": "adamw", "lr": 2e-3, "weight_decay": 1e-2, "schedule": "cosine", "warmup": "50 steps", "ema": 0.997}
+        {"name": "adamw", "lr": 3e-3, "weight_decay": 1e-2, "schedule": "cosine", "warmup": "50 steps", "ema": 0.997}
     )
     config.train = ConfigDict(
         {
@@ -68,7 +70,7 @@ def get_config(arg=None):
         config.optim.warmup = "2 steps"
         config.data.options.update({"n_train": 6, "n_val": 2, "n_test": 2, "size": 64})
         config.data.patch = (32, 32, 32)
-        config.model.features = (8, 16, 32)
+        config.model.features, config.model.convs, config.model.decoder_convs = (8, 16), 1, 1
         config.train = ConfigDict(
             {"total": "8 steps", "log_every": "2 steps", "eval_every": "4 steps", "checkpoint_every": "4 steps"}
         )

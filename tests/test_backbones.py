@@ -31,9 +31,11 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...], list[tuple[int, ...]]]] 
         [(8, 8, 8, 4), (4, 4, 4, 6), (2, 2, 2, 8)],
     ),
     "resnet": (
-        {"depth": 10, "features": (4, 4, 8, 8), "stem_kernel": (3, 3, 3), "pool": (1, 2, 2), "norm": "group"},
-        (8, 16, 16),
-        [(8, 16, 16, 4), (8, 8, 8, 4), (4, 4, 4, 4), (2, 2, 2, 8), (1, 1, 1, 8)],
+        {"depth": 10, "features": (4, 4, 8, 8), "stem_kernel": (3, 3, 3), "pool": (1, 2, 2), "norm": "group",
+         "stem_stride": (2, 2, 2), "factors": ((1, 1, 1), (2, 2, 2), (2, 2, 2), (1, 1, 1)), "dilations": (1, 1, 1, 2),
+         "decoder": "unet", "decoder_convs": 1},
+        (16, 32, 32),
+        [(16, 32, 32, 8), (8, 16, 16, 4), (8, 8, 8, 4), (4, 4, 4, 4)],
     ),
     "densenet": (
         {"blocks": (1, 2), "features": 4, "growth": 2, "stem_kernel": (3, 3, 3), "norm": "batch_frozen"},
@@ -42,11 +44,11 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...], list[tuple[int, ...]]]] 
     ),
     "inception": (
         {
-            "width": 1 / 32, "factors": ((1, 2, 2), (2, 2, 2), (1, 1, 1), (2, 1, 2)),
+            "width": 1 / 4, "factors": ((1, 2, 2), (2, 2, 2), (1, 1, 1), (2, 1, 2)),
             "norm": "batch_frozen", "decoder": "unet", "decoder_convs": 1,
         },
         (8, 8, 16),
-        [(8, 8, 16, 8), (4, 4, 8, 2), (4, 2, 4, 6), (2, 1, 2, 26)],
+        [(8, 8, 16, 8), (4, 4, 8, 16), (4, 2, 4, 48), (2, 1, 2, 208)],
     ),
     "mednext": (
         {
@@ -63,9 +65,9 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...], list[tuple[int, ...]]]] 
         [(4, 8, 8, 4), (4, 8, 8, 8), (4, 4, 4, 16), (2, 2, 2, 32)],
     ),
     "swin": (
-        {"features": 4, "depths": (1, 1), "heads": (2, 2), "window": (2, 2, 2), "decoder": "unet", "decoder_convs": 1},
+        {"features": 4, "depths": (2,), "heads": (2,), "window": (2, 2, 2), "factors": (1, 2, 2)},
         (8, 16, 8),
-        [(8, 16, 8, 8), (4, 8, 4, 4), (2, 4, 2, 8)],
+        [(4, 8, 4, 4), (4, 4, 2, 8)],
     ),
     "swin_unetr": (
         {"features": 4, "depths": (2,), "heads": (2,), "window": (3, 3, 3), "factors": (1, 2, 2)},
@@ -278,12 +280,16 @@ def test_vit_takes_a_subset_of_tokens_and_other_grids() -> None:
     net = ViT(features=8, depth=1, heads=2, mlp=8, patch=(2, 2, 2))
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 4, 1))
     variables = initialised(net, x)
-    grid = net.apply(variables, x)[0].reshape(2, 8, 8)
     everything = jnp.tile(jnp.array([3, 1, 0, 2, 7, 6, 5, 4]), (2, 1))
-    tokens = net.apply(variables, x, keep=everything)
+    both = jax.jit(lambda v: (net.apply(v, x)[0].reshape(2, 8, 8), net.apply(v, x, keep=everything)))
+    grid, tokens = both(variables)
     np.testing.assert_allclose(tokens, jnp.take_along_axis(grid, everything[..., None], 1), atol=1e-5)
-    assert net.apply(variables, x, keep=jnp.array([[0, 5], [7, 2]])).shape == (2, 2, 8)
-    assert net.apply(variables, jnp.ones((1, 8, 4, 6, 1)))[0].shape == (1, 4, 2, 3, 8)
+    few = jax.eval_shape(lambda v: net.apply(v, x, keep=jnp.array([[0, 5], [7, 2]])), variables)
+    assert few.shape == (2, 2, 8)
+    # Another grid: the positions are interpolated; on their own grid they are what they are.
+    other = jax.jit(lambda v: net.apply(v, jnp.ones((1, 8, 4, 6, 1)))[0])(variables)
+    assert other.shape == (1, 4, 2, 3, 8)
+    assert np.isfinite(other).all()
 
 
 @pytest.mark.parametrize(
@@ -297,8 +303,8 @@ def test_vit_takes_a_subset_of_tokens_and_other_grids() -> None:
         ("mednext", {"blocks": (1, 1)}, "differ in the number of stages"),
         ("swin", {"decoder": "upernet"}, "model.decoder 'upernet'"),
         ("swin", {"merging": "mean"}, "model.merging 'mean'"),
-        ("swin", {"heads": (3, 3)}, "stage 0 has 4 channels, no multiple of its 3 heads"),
-        ("swin", {"heads": (2,)}, "one number a stage"),
+        ("swin", {"heads": (3,)}, "stage 0 has 4 channels, no multiple of its 3 heads"),
+        ("swin", {"heads": (2, 2)}, "one number a stage"),
         ("vit", {"heads": 3}, "model.features 8 is not a multiple of model.heads 3"),
         ("unetr", {"patch": (6, 8, 8)}, r"model.patch \(6, 8, 8\) must be made of 1, 2, 4, 8 and 16"),
         ("nnunet", {"blocks": (1, 2)}, "model.blocks.*one number, or 3"),

@@ -264,10 +264,10 @@ def test_what_goes_wrong_in_a_row_is_told(source: Source, threads: bool, monkeyp
         monkeypatch.setitem(sys.modules, "tensorflow", None)
     real = Source.row
 
-    def row(self: Source, number: int, start: Any, patch: Any, example: int, valid: bool) -> Any:
+    def row(self: Source, number: int, start: Any, patch: Any, example: int, valid: bool, out: Any = None) -> Any:
         if example == 5:
             raise UserError("case 2: damaged")
-        return real(self, number, start, patch, example, valid)
+        return real(self, number, start, patch, example, valid, out)
 
     monkeypatch.setattr(Source, "row", row)
     batches = train_batches(source, Sampler(7, 5, 0.5), patch=PATCH, batch_size=2)

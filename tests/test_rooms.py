@@ -25,7 +25,7 @@ ONLY = {
     "losses": {"ops"},
     "metrics": {"ops"},
     "models": {"ops"},
-    "data": {"ops"},
+    "data": {"ops", "config", "logging", "pictures"},
     "tasks": {"models", "losses", "metrics"},
     "config": set(),
     "optim": set(),

@@ -7,6 +7,7 @@ Rows are `sampler.Sampler` examples: the pipeline can start at any step and give
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -75,11 +76,13 @@ class Source:
         known = self.points[number]
         return list(known[key]) if key else [voxels for arrays in known.values() for voxels in arrays]
 
-    def row(self, number: int, start: Any, patch: Sequence[int], example: int, valid: bool) -> Row:
-        """One example of a batch; see `docs/design.md` for the keys."""
-        case = self.cases[number]
+    def row(
+        self, number: int, start: Any, patch: Sequence[int], example: int, valid: bool, out: Row | None = None
+    ) -> Row:
+        """One example of a batch; see `docs/design.md` for the keys. What is large is written into `out`, if given."""
+        case, slots = self.cases[number], out or {}
         row: Row = {
-            "image": cut(case.image, start, patch),
+            "image": cut(case.image, start, patch, out=slots.get("image")),
             "modality": np.asarray(case.present, bool),
             "spacing": np.asarray(case.geometry.spacing, np.float32),
             "example": np.asarray(example, np.int64),
@@ -89,8 +92,9 @@ class Source:
             known = task in case.targets or task in _values(case)
             row[f"{task}/mask"] = np.asarray(known and valid, np.bool_)
             if task in self.dtypes:
-                target = cut(case.targets[task], start, patch) if known else np.zeros(patch, np.uint8)
-                row[f"{task}/target"] = target.astype(self.dtypes[task], copy=False)
+                slot = slots.get(f"{task}/target")
+                target = np.empty(tuple(patch), self.dtypes[task]) if slot is None else slot
+                row[f"{task}/target"] = cut(case.targets[task] if known else _NOTHING, start, patch, out=target)
             if task in self.values:
                 shape, dtype = self.values[task]
                 table = len(shape) == 2
@@ -100,6 +104,9 @@ class Source:
                     value[tuple(slice(n) for n in given.shape)] = given
                 row[f"{task}/table" if table else f"{task}/target"] = value
         return row
+
+
+_NOTHING = np.zeros((0, 0, 0), np.uint8)
 
 
 def _values(case: Any) -> Mapping[str, np.ndarray]:
@@ -218,15 +225,15 @@ def train_batches(
     local = batch_size // processes
     shapes: list[Any] = list(patch) if sampler.buckets else [patch]
 
-    def row(turn: int) -> Row:
-        step, place = divmod(turn, local)
-        example = (first_step + step) * batch_size + process * local + place
-        number, key = sampler.draw(example)
+    def place(turn: int) -> Place:
+        step, number = divmod(turn, local)
+        example = (first_step + step) * batch_size + process * local + number
+        case, key = sampler.draw(example)
         size = shapes[sampler.bucket(example)] if sampler.buckets else shapes[0]
-        start = sampler.start(example, source.cases[number].image.shape[:3], size, source.centres(number, key))
-        return source.row(number, start, size, example, True)
+        start = sampler.start(example, source.cases[case].image.shape[:3], size, source.centres(case, key))
+        return case, start, size, example, True
 
-    return _run(source, row, None, shapes, local, workers)
+    return _run(source, place, None, shapes, local, workers)
 
 
 def center_batches(
@@ -240,54 +247,75 @@ def center_batches(
     per_process = -(-len(source.cases) // processes)
     rows = -(-per_process // local) * local
 
-    def row(place: int) -> Row:
+    def place(turn: int) -> Place:
         # Cases are dealt in turn: process p holds p, p + n, p + 2n...
-        number = process + place * processes
+        number = process + turn * processes
         valid = number < len(source.cases)
         number = number if valid else 0
         shape, points = source.cases[number].image.shape[:3], source.centres(number)
         middle = np.concatenate([np.asarray(p) for p in points]).mean(0) if points else np.asarray(shape) / 2
         room = np.asarray(shape) - np.asarray(patch)
         start = np.round(middle).astype(int) - np.asarray(patch) // 2
-        return source.row(
-            number, np.clip(start, np.minimum(0, room // 2), np.maximum(room, room // 2)), patch, number, valid
-        )
+        return number, np.clip(start, np.minimum(0, room // 2), np.maximum(room, room // 2)), patch, number, valid
 
-    return _run(source, row, rows, [patch], local, workers)
+    return _run(source, place, rows, [patch], local, workers)
+
+
+Place = tuple[int, Any, Sequence[int], int, bool]
+"""A row before it is made: the first five arguments of `Source.row`."""
+
+_AHEAD = 2  # batches being made at a time; as many again are waiting
 
 
 def _run(
     source: Source,
-    row: Callable[[int], Row],
+    place: Callable[[int], Place],
     count: int | None,
     shapes: Sequence[Sequence[int]],
     local: int,
     workers: int,
 ) -> Iterator[Row]:
     """Rows 0, 1... (`count` of them, or without end), made by `workers` threads, as batches of `local`, in order."""
+    # What a row looks like; an axis that differs between buckets has no fixed length.
+    examples = [source.row(0, np.zeros(3, int), shape, 0, False) for shape in shapes]
+    layouts = {tuple(s): {k: (v.shape, v.dtype) for k, v in e.items()} for s, e in zip(shapes, examples, strict=True)}
+    pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="medjax-rows")
+
+    def batch(step: int) -> Row:
+        places = [place(step * local + i) for i in range(local)]
+        made = {k: _aligned((local, *shape), dtype) for k, (shape, dtype) in layouts[tuple(places[0][2])].items()}
+
+        def fill(i: int) -> None:
+            out = {key: array[i : i + 1].reshape(array.shape[1:]) for key, array in made.items()}
+            for key, value in source.row(*places[i], out).items():
+                if value is not out[key]:
+                    out[key][...] = value
+
+        for _ in pool.map(fill, range(local)):
+            pass
+        return made
+
+    steps = None if count is None else count // local
     # Before the import: no chatter at the terminal, and no kernels that differ in rounding from run to run.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         import tensorflow as tf
     except ImportError:
-        return _threads(row, count, local, max(1, workers))
+        return _threads(batch, steps, pool)
 
     tf.config.set_visible_devices([], "GPU")  # the accelerator belongs to JAX
-    # What a row looks like; an axis that differs between buckets has no fixed length.
-    examples = [source.row(0, np.zeros(3, int), shape, 0, False) for shape in shapes]
     keys = list(examples[0])
     types = [tf.as_dtype(examples[0][key].dtype) for key in keys]
     sizes = {
         key: [n.pop() if len(n) == 1 else None for n in map(set, zip(*(e[key].shape for e in examples), strict=True))]
         for key in keys
     }
-
     failed: list[BaseException] = []
 
     def as_list(number: Any) -> list[np.ndarray]:
         try:
-            made = row(int(number))
+            made = batch(int(number))
         except BaseException as error:
             failed.append(error)
             raise
@@ -296,14 +324,13 @@ def _run(
     def make(number: Any) -> dict[str, Any]:
         values = tf.numpy_function(as_list, [number], types)
         for value, key in zip(values, keys, strict=True):
-            value.set_shape(sizes[key])
+            value.set_shape((local, *sizes[key]))
         return dict(zip(keys, values, strict=True))
 
-    data = tf.data.Dataset.counter() if count is None else tf.data.Dataset.range(count)
-    data = data.map(make, num_parallel_calls=max(1, workers), deterministic=True)
-    data = data.batch(local, drop_remainder=True).prefetch(2)
+    data = tf.data.Dataset.counter() if steps is None else tf.data.Dataset.range(steps)
+    data = data.map(make, num_parallel_calls=_AHEAD, deterministic=True).prefetch(_AHEAD)
     options = tf.data.Options()
-    options.threading.private_threadpool_size = max(1, workers)
+    options.threading.private_threadpool_size = _AHEAD
     options.threading.max_intra_op_parallelism = 1
     # The global order is the contract: nothing may reorder, and the graph is small, so no rewriting either.
     options.deterministic = True
@@ -320,19 +347,26 @@ def _run(
     return batches()
 
 
-def _threads(row: Callable[[int], Row], count: int | None, local: int, workers: int) -> Iterator[Row]:
+def _threads(batch: Callable[[int], Row], steps: int | None, pool: ThreadPoolExecutor) -> Iterator[Row]:
     """The batches of `_run` where TensorFlow is not installed."""
-    waiting: deque[Any] = deque()
-    todo = iter(itertools.count() if count is None else range(count))
-    with ThreadPoolExecutor(workers, thread_name_prefix="medjax-rows") as pool:
-        try:
-            while True:
-                while len(waiting) < local + workers and (number := next(todo, None)) is not None:
-                    waiting.append(pool.submit(row, number))
-                if len(waiting) < local:
-                    return
-                rows = [waiting.popleft().result() for _ in range(local)]
-                yield {key: np.stack([made[key] for made in rows]) for key in rows[0]}
-        finally:
-            for job in waiting:
-                job.cancel()
+    ahead: deque[Any] = deque()
+    todo = iter(itertools.count() if steps is None else range(steps))
+    makers = ThreadPoolExecutor(_AHEAD, thread_name_prefix="medjax-batches")
+    try:
+        while True:
+            while len(ahead) < 2 * _AHEAD and (step := next(todo, None)) is not None:
+                ahead.append(makers.submit(batch, step))
+            if not ahead:
+                return
+            yield ahead.popleft().result()
+    finally:
+        makers.shutdown(cancel_futures=True)
+        pool.shutdown()
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An array that begins at a multiple of 64 bytes: TensorFlow and JAX take such arrays over without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    first = -raw.ctypes.data % 64
+    return raw[first : first + size].view(dtype).reshape(tuple(shape))

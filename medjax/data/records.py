@@ -145,13 +145,19 @@ class Stored:
         cuts = index if isinstance(index, tuple) else (index,)
         if len(cuts) > 3 or any(not isinstance(c, slice) or c.step not in (None, 1) for c in cuts):
             return self[()][index]
-        bounds = [c.indices(n)[:2] for c, n in zip(cuts, self.shape, strict=False)]
-        sizes = [max(0, stop - start) for start, stop in bounds]
-        tail = self.shape[len(cuts) :]
-        out = np.empty((*sizes, *tail), self._kept)
-        if out.size:
-            self._fill(out, [start for start, _ in bounds], sizes)
+        sizes = [len(range(*c.indices(n))) for c, n in zip(cuts, self.shape, strict=False)]
+        out = np.empty((*sizes, *self.shape[len(cuts) :]), self._kept)
+        self.read_into(cuts, out)
         return out.astype(self.dtype, copy=False)
+
+    def read_into(self, cuts: Sequence[slice], out: np.ndarray) -> None:
+        """Fills `out`, of the shape of these slices; without a copy in between if it is contiguous and of the type on
+        disk."""
+        bounds = [c.indices(n)[:2] for c, n in zip(cuts, self.shape, strict=False)]
+        if out.dtype != self._kept or not out.flags.c_contiguous:
+            out[...] = self[tuple(cuts)]
+        elif out.size:
+            self._fill(out, [start for start, _ in bounds], [stop - start for start, stop in bounds])
 
     def _fill(self, out: np.ndarray, starts: list[int], sizes: list[int]) -> None:
         # Axes that are taken whole lie together with what follows.

@@ -207,21 +207,26 @@ def foreground_points(
     return points
 
 
-def cut(array: Any, start: Any, patch: Sequence[int], fill: Any = 0) -> np.ndarray:
+def cut(array: Any, start: Any, patch: Sequence[int], fill: Any = 0, out: np.ndarray | None = None) -> np.ndarray:
     """The patch [*patch, ...] of array [X, Y, Z, ...] that begins at `start`, `fill` where it lies outside.
 
-    Only that patch of `array` is read, where it is one that reads what is sliced (`medjax.data.store.Stored`).
+    Only that patch of `array` is read, where it is one that reads what is sliced (`medjax.data.records.Stored`).
+    Written into `out` where it is given.
     """
     source, target = [], []
     for first, size, length in zip(start, patch, array.shape[:3], strict=True):
         lo, hi = max(0, int(first)), min(length, int(first) + size)
         source.append(slice(lo, max(lo, hi)))
         target.append(slice(lo - int(first), max(lo, hi) - int(first)))
-    inside = array[tuple(source)]
-    if inside.shape[:3] == tuple(patch):
-        return np.array(inside, copy=None if inside.base is None else True, order="C")
-    out = np.full((*patch, *array.shape[3:]), fill, array.dtype)
-    out[tuple(target)] = inside
+    if out is None:
+        out = np.empty((*patch, *array.shape[3:]), array.dtype)
+    inside = out[tuple(target)]
+    if inside.shape != out.shape:
+        out[...] = fill
+    if hasattr(array, "read_into"):
+        array.read_into(source, inside)
+    else:
+        inside[...] = array[tuple(source)]
     return out
 
 

@@ -31,7 +31,7 @@ _SPIKES = (0.10, 0.19, 0.28)  # of the radius
 
 
 class Breast(NamedTuple):
-    """image float32 [X, Y, Z, 3], mask uint8 (1: lesion), affine [4, 4], and the grade 1 to 3, 0 where there is none."""
+    """image float32 [X, Y, Z, 3], mask uint8 (1: lesion), affine [4, 4], and the grade, 0 where there is none."""
 
     image: np.ndarray
     mask: np.ndarray

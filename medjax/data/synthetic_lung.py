@@ -88,8 +88,8 @@ def lung_cohort(
     """Returns the manifest of a cohort of lung canvases, and makes it on first use.
 
     Beside `manifest.csv` (id, split, image, mask, nodules, names) lie `images/` and `masks/`. The column `nodules`
-    lists the nodules of a canvas as JSON: centre and size in world mm; `malignant` 1 (malignancy above 3) or 0 (below; without
-    the key at 3, which says nothing); every rating under its own name.
+    lists the nodules of a canvas as JSON: centre and size in world mm; `malignant` 1 (malignancy above 3) or 0
+    (below; without the key at 3, which says nothing); every rating under its own name.
 
     Args:
         folder: where cohorts are kept, see `medjax.data.synthetic.brain_cohort`.

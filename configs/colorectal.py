@@ -1,0 +1,59 @@
+"""Polyps and tumours in CT colonography: where, how large (mm), and of which shape.
+
+Data: 176 drawn pieces of colon (120 train, 16 validation, 40 test; 1.5 mm), written on first use under the cache folder
+(`medjax/data/synthetic_colon.py`). They are no patients: polyps are sessile, pedunculated or flat by construction, and
+lie among folds and stool of their own intensity.
+
+Arguments: `debug` (a few pieces, a few steps; under a minute).
+"""
+
+from ml_collections import ConfigDict
+
+from medjax.config import parse_arg
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, debug=False)
+    config = ConfigDict()
+    config.data = ConfigDict(
+        {
+            "cohort": "synthetic_colon",
+            "images": {"CT": "image"},
+            "targets": {"lesions": "lesions"},
+            "split": {"column": "split"},
+            "preprocess": {"normalize": "percentile"},
+            "patch": (64, 64, 64),
+            "batch_size": 2,
+            "foreground": 0.67,
+        }
+    )
+    config.augment = ConfigDict(
+        {"mirror": (0, 1, 2), "noise": {"p": 0.2}, "brightness": {"p": 0.2, "std": 0.05}, "contrast": {"p": 0.2}}
+    )
+    config.model = ConfigDict({"name": "unet", "features": (12, 24, 48, 96), "levels": 2})
+    config.tasks = ConfigDict(
+        {
+            "lesions": {
+                "type": "detection",
+                "names": ("polyp", "tumour"),
+                "attributes": (("pedunculated", "binary"), ("flat", "binary")),
+            }
+        }
+    )
+    config.optim = ConfigDict(
+        {"name": "adamw", "lr": 2e-3, "weight_decay": 1e-2, "schedule": "cosine", "warmup": "30 steps", "ema": 0.995}
+    )
+    config.train = ConfigDict(
+        {"total": "1200 steps", "eval_every": "300 steps", "checkpoint_every": "300 steps", "precision": "bfloat16"}
+    )
+    config.eval = ConfigDict({"splits": ("test",)})
+    if arg.debug:
+        config.optim.warmup = "1 steps"
+        config.data.options = ConfigDict({"n_train": 6, "n_val": 2, "n_test": 2})
+        config.data.preprocess.spacing = (3.0, 3.0, 3.0)
+        config.data.patch = (32, 32, 32)
+        config.model.features = (8, 16)
+        config.train = ConfigDict(
+            {"total": "4 steps", "log_every": "2 steps", "eval_every": "4 steps", "checkpoint_every": "4 steps"}
+        )
+    return config

@@ -1,0 +1,126 @@
+"""Every recipe of synthetic data runs in its debug variant through the command line: trained, scored, written."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from medjax import main
+
+REPO = Path(__file__).resolve().parents[1]
+RUNS: dict[str, Path] = {}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        # The cohorts of this file alone; the native kernels stay where the other tests find them.
+        folder = tmp_path_factory.mktemp("cohorts")
+        known = Path(os.environ.get("MEDJAX_CACHE") or Path.home() / ".cache" / "medjax") / "native"
+        if known.is_dir():
+            (folder / "native").symlink_to(known)
+        patch.setenv("MEDJAX_CACHE", str(folder))
+        yield folder
+
+
+def run(name: str, cache: Path, arg: str = "debug") -> tuple[Path, dict[str, Any]]:
+    """The run folder of a recipe and its test metrics; trained once for all tests."""
+    workdir = cache / "runs" / name
+    if name not in RUNS:
+        main.main([f"--config={REPO}/configs/{name}.py:{arg}", f"--workdir={workdir}"])
+        RUNS[name] = workdir
+    return workdir, json.loads((workdir / "eval" / "test" / "summary.json").read_text())["metrics"]
+
+
+def losses(workdir: Path) -> list[float]:
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
+def predictions(workdir: Path, file: str) -> list[dict[str, str]]:
+    with open(workdir / "eval" / "test" / "predictions" / file, newline="") as table:
+        return list(csv.DictReader(table))
+
+
+def test_brain_tumour(cache: Path) -> None:
+    workdir, metrics = run("brain_tumour", cache)
+    assert np.isfinite(losses(workdir)).all()
+    assert set(metrics["dice"]["per_class"]) == {"whole tumour", "core", "enhancing"}
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["data"]["preprocess"]["missing"] == "zero"
+    # A case with two of the four contrasts is predicted all the same.
+    from medjax import predict
+
+    image = next((workdir / "eval" / "test" / "predictions").glob("*.nii.gz"))
+    source = next(cache.glob("brain-*/imagesTr")) / image.name
+    volume = nib.load(source)
+    for channel, modality in ((1, "T1c"), (3, "FLAIR")):
+        part = nib.Nifti1Image(np.asarray(volume.dataobj)[..., channel], volume.affine)
+        nib.save(part, cache / f"some_{modality}.nii.gz")
+    only = cache / "only"
+    only.mkdir()
+    for file in cache.glob("some_*.nii.gz"):
+        file.rename(only / file.name)
+    predict.main([f"--run={workdir}", f"--input={only}", f"--output={cache / 'said'}"])
+    assert nib.load(cache / "said" / "some.nii.gz").shape == volume.shape[:3]
+
+
+def test_stroke_risk(cache: Path) -> None:
+    workdir, metrics = run("stroke_risk", cache)
+    assert np.isfinite(losses(workdir)).all()
+    assert {"suspicious/dice", "stroke/accuracy"} <= set(metrics)
+    rows = predictions(workdir, "stroke.csv")
+    assert [row["class"] for row in rows] == ["no stroke", "stroke"] * 2
+    for pair in zip(rows[::2], rows[1::2], strict=True):
+        assert sum(float(row["probability"]) for row in pair) == pytest.approx(1, abs=1e-5)
+
+
+def test_breast(cache: Path) -> None:
+    workdir, metrics = run("breast", cache)
+    assert np.isfinite(losses(workdir)).all()
+    assert {"lesion/dice", "grade/accuracy", "grade/kappa"} <= set(metrics)
+    assert {row["class"] for row in predictions(workdir, "grade.csv")} == {"1", "2", "3"}
+
+
+def test_colorectal(cache: Path) -> None:
+    workdir, metrics = run("colorectal", cache)
+    assert np.isfinite(losses(workdir)).all()
+    assert {"cpm", "size_mae_mm", "pedunculated_auroc", "flat_auroc"} <= set(metrics)
+
+
+@pytest.mark.real
+def test_lung_nodule(cache: Path, data_root: Path) -> None:
+    workdir, metrics = run("lung_nodule", cache, f"debug,data={data_root / 'lung_nodules'}")
+    assert np.isfinite(losses(workdir)).all()
+    assert {"outline/dice", "nodules/cpm", "nodules/malignant_auroc", "nodules/texture_mae"} <= set(metrics)
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["tasks"]["nodules"]["typical"] > 3, "the size of a nodule in mm is learnt from the training canvases"
+
+
+def test_brats_folder_is_read(tmp_path: Path) -> None:
+    """The patterns of `data=FOLDER` fit the names of BraTS, and a contrast may lack."""
+    from medjax import config as config_lib
+    from medjax import models, tasks
+    from medjax.data import dataset
+
+    for number in range(6):
+        name = f"BraTS-GLI-{number:05d}-000"
+        (tmp_path / name).mkdir()
+        for part in ("t1n", "t1c", "t2w", "t2f", "seg")[number == 3 :]:
+            array = np.full((4, 4, 4), number, np.uint8 if part == "seg" else np.int16)
+            nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / name / f"{name}-{part}.nii.gz")
+    options = {"model": models.options, "tasks": tasks.options}
+    recipe = f"{REPO}/configs/brain_tumour.py:data={tmp_path}"
+    config = config_lib.load(recipe, (), lambda room, kind: options[room](kind))
+    cohort = dataset.open_cohort(config.data, config.tasks)
+    assert cohort.modalities == ("T1", "T1c", "T2", "FLAIR")
+    assert [len(case.images) for case in cohort.cases] == [4, 4, 4, 3, 4, 4]
+    assert all("tumour" in case.targets for case in cohort.cases)
+    assert tasks.build(config.tasks, cohort.labels)["tumour"].classes["core"] == (1, 3)
