@@ -173,7 +173,8 @@ def _patches_monai(folder: Path, count: int, patches: int) -> Setup:
                     mt.SelectItemsd(keys),
                 ]
             )
-            # No copy of what is cached: the crop is one. Each case several times, so that an epoch is long and starting its workers counts little.
+            # What is cached is not copied, as the crop is a copy. Each case several times, so that an epoch is long and
+            # starting its workers counts little.
             data = CacheDataset(_files(folder, count), chain, num_workers=2, copy_cache=False, progress=False)
             data.data = data.data * 400
             loader = DataLoader(

@@ -49,7 +49,7 @@ def quick_scores(predictor: Predictor, params: Any, cases: Sequence[preprocess.P
     for name, task in predictor.tasks.items():
         if not rows[name]:
             continue
-        summary = task.summarize(rows[name])
+        summary = task.summarize(rows[name], resamples=0)
         selected.append(task.selection(summary))
         lead = "" if len(predictor.tasks) == 1 else f"{name}/"
         for metric, value in summary.items():
