@@ -103,15 +103,19 @@ class Worker:
         return json.loads(line)
 
 
-def compare(case: dict[str, str], ours: Worker, peer: Worker, repetitions: int) -> None:
-    """Alternates `repetitions` of each side and prints the JSON line. `case`: bench, case, dtype, mode, peer."""
+def compare(case: dict[str, str], ours: Worker, peer: Worker, repetitions: int, in_a_row: int = 1) -> None:
+    """Alternates `repetitions` of each side and prints the JSON line. `case`: bench, case, dtype, mode, peer.
+
+    A turn is `in_a_row` repetitions. More than one is for what runs many times over in practice, such as a training
+    step: after a pause a process finds its freed memory gone back to the system, and the first step pays for that.
+    """
     try:
         for side in (ours, peer):
             side.wait()
         times: tuple[list[float], list[float]] = ([], [])
-        for i in range(repetitions):
+        for i in range(-(-repetitions // in_a_row)):
             for j in (0, 1) if i % 2 else (1, 0):
-                times[j].append((ours, peer)[j].repeat())
+                times[j].extend((ours, peer)[j].repeat() for _ in range(in_a_row))
         ends = [side.end() for side in (ours, peer)]
     finally:
         for side in (ours, peer):

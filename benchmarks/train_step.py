@@ -10,7 +10,7 @@ Nesterov momentum), on random images. Peers of `--peer=torch`, by `--variants`:
     compile    torch.compile on top
     tuned      torch.compile, jemalloc and huge pages (needs libjemalloc: `apt install libjemalloc2`, or --jemalloc)
 
-`--peer=xla` is medjax itself with XLA's own convolutions (MEDJAX_NATIVE=0). The lines' form: `benchmarks/harness.py`.
+The two sides take turns of three steps each. `--peer=xla` is medjax itself with XLA's own convolutions (MEDJAX_NATIVE=0). The lines' form: `benchmarks/harness.py`.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def main() -> None:
                         peer = side(options.peer_python, variant, this, **(tuned or {}) if variant == "tuned" else {})
                     name = f"torch-{variant}" if variant else "xla"
                     line = {"bench": "train_step", "case": case, "dtype": dtype, "mode": mode, "peer": name}
-                    harness.compare(line, side(sys.executable, "ours", this), peer, options.repetitions)
+                    harness.compare(line, side(sys.executable, "ours", this), peer, options.repetitions, in_a_row=3)
     return None
 
 

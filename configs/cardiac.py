@@ -6,7 +6,8 @@ four is held out, by patient. Of the 32 patients there, 074 and 076 share an ima
 
 The first stages convolve and halve in plane alone: slices are 10 mm apart, pixels 2 mm.
 
-Score: mean validation Dice SCORE. Cost: COST. See docs/benchmarks.md.
+Score: mean validation Dice 0.88 (RV 0.88, myocardium 0.85, LV 0.91) on 8 patients, 16 volumes. Cost: 25 CPU-minutes,
+13 minutes on 2 idle cores, in bfloat16 on a CPU with AMX; in float32 about three times as long.
 
 Arguments: `debug` (a few steps), `data=FOLDER`.
 """
@@ -60,7 +61,7 @@ def get_config(arg=None):
         {"name": "adamw", "lr": 3e-3, "weight_decay": 1e-2, "schedule": "cosine", "warmup": "50 steps", "ema": 0.997}
     )
     config.train = ConfigDict(
-        {"total": "1000 steps", "eval_every": "500 steps", "checkpoint_every": "250 steps", "precision": "bfloat16"}
+        {"total": "1300 steps", "eval_every": "650 steps", "checkpoint_every": "325 steps", "precision": "bfloat16"}
     )
     config.eval = ConfigDict({"splits": ("val",)})
     if arg.debug:

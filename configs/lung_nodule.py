@@ -26,9 +26,9 @@ def get_config(arg=None):
             "labels": {"nodule": 1},
             "split": {"column": "split"},
             "preprocess": {"normalize": "ct"},
-            "patch": (64, 64, 64),
-            "batch_size": 2,
-            "foreground": 0.67,
+            "patch": (56, 56, 56),
+            "batch_size": 3,
+            "foreground": 0.75,
         }
     )
     config.augment = ConfigDict(
@@ -44,13 +44,15 @@ def get_config(arg=None):
     config.model.convs, config.model.decoder_convs = (1, 2, 2, 2), (1, 2, 2)
     config.tasks = ConfigDict(
         {
-            "outline": {"type": "segmentation", "levels": 2, "batch_dice": True, "lesions": True},
+            "outline": {"type": "segmentation", "levels": 2, "batch_dice": True, "balance": "sqrt", "lesions": True},
             "nodules": {
                 "type": "detection",
                 "names": ("nodule",),
-                "attributes": (("malignant", "binary"), ("texture", "number")),
-                "weight": 0.2,
+                "attributes": (("malignant", "binary"), ("texture", "number"), ("spiculation", "number")),
+                "weight": 0.3,
+                "heat": "bce_mse",
                 "spread": 0.2,
+                "level": 1,
             },
         }
     )

@@ -124,6 +124,8 @@ def test_mirroring_twice_changes_nothing_and_pairs_trade_places() -> None:
         else:
             raise AssertionError("neither flipped nor left")
     assert len(seen) == 4
+    with pytest.raises(UserError, match="300 does not occur in the masks of task 'a'"):
+        run(spatial.Mirror(swap=((2, 300),)), image, masks={"a": mask})
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.8, 0.8, 2.0)])

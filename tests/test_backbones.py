@@ -45,10 +45,10 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...], list[tuple[int, ...]]]] 
     "inception": (
         {
             "width": 1 / 4, "factors": ((1, 2, 2), (2, 2, 2), (1, 1, 1), (2, 1, 2)),
-            "norm": "batch_frozen", "decoder": "unet", "decoder_convs": 1,
+            "decoder": "unet", "decoder_convs": 1,
         },
-        (8, 8, 16),
-        [(8, 8, 16, 8), (4, 4, 8, 16), (4, 2, 4, 48), (2, 1, 2, 208)],
+        (16, 16, 32),
+        [(16, 16, 32, 8), (8, 8, 16, 16), (8, 4, 8, 48), (4, 2, 4, 208)],
     ),
     "mednext": (
         {

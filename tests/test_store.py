@@ -206,7 +206,7 @@ def test_the_code_version_sees_code_and_not_comments(tmp_path: Path, monkeypatch
     first = version()
     for name, changes in (
         ("data/preprocess.py", True), ("data/nifti.py", True), ("data/volume.py", True), ("ops/resample.py", True),
-        ("train.py", False), ("errors.py", False),
+        ("train.py", False), ("errors.py", False), ("data/readers.py", False), ("data/cases.py", True),
     ):  # fmt: skip
         file = tmp_path / "medjax" / name
         text = file.read_text()
@@ -312,6 +312,13 @@ def test_a_damaged_index_is_made_anew(own: tuple, plan: preprocess.Plan, memory:
     (tmp_path / "store" / "sources.json").write_text("[1")
     for x, y in zip(build(tmp_path / "store", plan, own), memory, strict=True):
         same(x, y)
+
+
+def test_a_store_that_lacks_nothing_is_not_written_to(own: tuple, plan: preprocess.Plan, tmp_path: Path) -> None:
+    build(tmp_path / "store", plan, own)
+    before = {f: f.lstat().st_mtime_ns for f in (tmp_path / "store").rglob("*")}
+    build(tmp_path / "store", plan, own)
+    assert {f: f.lstat().st_mtime_ns for f in (tmp_path / "store").rglob("*")} == before
 
 
 def test_damage_without_the_sources_is_told(own: tuple, plan: preprocess.Plan, memory: list, tmp_path: Path) -> None:

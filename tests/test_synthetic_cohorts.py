@@ -40,7 +40,7 @@ def write_nodules(folder: Path, n: int = 24, size: int = 31) -> Path:
     grid = np.stack(np.meshgrid(*(np.arange(size) - size // 2,) * 3, indexing="ij"))
     for i in range(n):
         ball = np.sqrt((grid**2).sum(0)) < 3 + i % 4
-        image = np.where(ball, 2000 + 60 * i, 900) + rng.normal(0, 3, ball.shape)
+        image = np.where(ball, 2650 + 25 * i, 900) + rng.normal(0, 3, ball.shape)
         for part, data in (("images", image.astype(np.int16)), ("masks", ball.astype(np.uint8))):
             nib.save(nib.Nifti1Image(data, np.eye(4)), folder / part / f"nodule{i}.nii.gz")
         lines.append(f"nodule{i},{1 + i % 5},5,1,1,5,5,5")
@@ -81,12 +81,12 @@ def test_canvases_say_where_their_nodules_are(canvases: Path) -> None:
 
 
 def test_a_pasted_nodule_keeps_its_voxels(canvases: Path) -> None:
-    """The ball of nodule i has the value 2000 + 60 i, up to the canvas's own noise."""
+    """The ball of nodule i has the value 2650 + 25 i, up to the canvas's own noise."""
     for row in rows_of(canvases)[:6]:
         image, mask = array(canvases.parent / row["image"]), array(canvases.parent / row["mask"])
         parts, n = ndimage.label(mask)
         means = sorted(image[ndimage.binary_erosion(parts == k)].mean() for k in range(1, n + 1))
-        wanted = sorted(2000 + 60 * int(name[6:]) for name in row["names"].split())
+        wanted = sorted(2650 + 25 * int(name[6:]) for name in row["names"].split())
         np.testing.assert_allclose(means, wanted, atol=25)
 
 

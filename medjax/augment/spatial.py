@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 
 from medjax.augment.base import Batch, Draws, Scene, Transform, axes, interval, number, share, triple
+from medjax.errors import UserError
 from medjax.ops import warp
 from medjax.ops.gated import chosen
 
@@ -290,23 +291,29 @@ def apply(batch: Batch, transforms: Sequence[Transform], joined: Joined, masks: 
             continue
         out[key] = warp.warp_mask(batch[key], pose, labels)
         for transform, flipped in zip(transforms, joined.flipped, strict=True):
-            pairs = _pairs(transform.swap, key) if isinstance(transform, Mirror) else []
+            pairs = _pairs(transform.swap, key, batch[key].dtype) if isinstance(transform, Mirror) else []
             if pairs:
                 out[key] = chosen(lambda m, pairs=pairs: _swapped(m, pairs), flipped[:, 0], out[key])
     return out
 
 
-def _pairs(swap: Sequence[tuple[Any, ...]], key: str) -> list[tuple[int, int]]:
-    """The pairs that hold for a mask of the batch."""
+def _pairs(swap: Sequence[tuple[Any, ...]], key: str, dtype: Any) -> list[tuple[int, int]]:
+    """The pairs that hold for a mask of the batch, without those that its type says do not occur."""
     task = key.removesuffix("/target")
-    return [tuple(p[-2:]) for p in swap if not isinstance(p[0], str) or p[0] == task]
+    pairs = [tuple(p[-2:]) for p in swap if not isinstance(p[0], str) or p[0] == task]
+    limit = 1 if dtype == jnp.bool_ else jnp.iinfo(dtype).max
+    for a, b in pairs:
+        if min(a, b) <= limit < max(a, b):
+            raise UserError(
+                f"config: augment swap: the labels ({a}, {b}) are to trade places, but {max(a, b)} does not occur in "
+                f"the masks of task '{task}', which hold values up to {limit} at most"
+            )
+    return [(a, b) for a, b in pairs if max(a, b) <= limit]
 
 
 def _swapped(mask: Array, pairs: Sequence[tuple[int, int]]) -> Array:
-    limit = jnp.iinfo(mask.dtype).max if mask.dtype != jnp.bool_ else 1
     out = mask
     for a, b in pairs:
-        if max(a, b) <= limit:  # else the mask's type says that they do not occur
-            there, back = jnp.asarray(b, mask.dtype), jnp.asarray(a, mask.dtype)
-            out = jnp.where(mask == a, there, jnp.where(mask == b, back, out))
+        there, back = jnp.asarray(b, mask.dtype), jnp.asarray(a, mask.dtype)
+        out = jnp.where(mask == a, there, jnp.where(mask == b, back, out))
     return out

@@ -42,6 +42,8 @@ from medjax.errors import UserError, warn_once
 from medjax.ops.native.cpus import usable_cpus
 
 _VERSION = "1.0.0"
+# Modules that read which files there are, and no voxels: what they find is in the cases, and so in the files' names.
+_NO_VOXELS = ("medjax", "medjax.errors", *(f"medjax.data.{m}" for m in ("folders", "joins", "readers", "tables")))
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -310,7 +312,7 @@ class _Sources:
 
     def __init__(self, path: Path) -> None:
         self._path, self._lock, self._known = path, threading.Lock(), _json_table(path)
-        self._saved = time.monotonic()
+        self._saved, self._new = time.monotonic(), False
 
     def digest(self, path: Path) -> str:
         """Of a file, of a header and its image, or of a folder of files."""
@@ -329,19 +331,20 @@ class _Sources:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, functools.partial(hashlib.blake2b, digest_size=20)).hexdigest()
         with self._lock:
-            self._known[name] = [*mark, digest]
+            self._known[name], self._new = [*mark, digest], True
             if time.monotonic() - self._saved > 10:
                 self._write()
         return digest
 
     def save(self) -> None:
         with self._lock, _said_of(self._path.parent):
-            self._write()
+            if self._new:  # a store that lacks nothing may be read-only
+                self._write()
 
     def _write(self) -> None:
         self._known = {**_json_table(self._path), **self._known}  # what another process has learnt meanwhile
         records.write_text(self._path, json.dumps(self._known, indent=0))
-        self._saved = time.monotonic()
+        self._saved, self._new = time.monotonic(), False
 
 
 def _json_table(path: Path) -> dict[str, Any]:
@@ -376,7 +379,7 @@ def code_version() -> str:
         module = wanted.pop()
         base = package.parent.joinpath(*module.split("."))
         file = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
-        if module in found or module in ("medjax", "medjax.errors") or not file.is_file():
+        if module in found or module in _NO_VOXELS or not file.is_file():
             continue
         tree = ast.parse(file.read_text())
         for node in ast.walk(tree):

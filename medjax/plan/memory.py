@@ -140,19 +140,18 @@ class Meter:
     """Compiles the real training step of a configuration for other patches, networks and batches.
 
     Args:
-      config: resolved. job: what it trains (`train.Job`). case: a prepared training case, for the keys and types of a
-        batch. device: a JAX device. apply: writes a network and a batch size into a copy of the configuration.
+      config: resolved. job: what it trains (`train.Job`). source: of prepared cases (`pipeline.Source`), for the keys
+        and types of a batch. device: a JAX device. apply: writes a network and a batch size into a copy of the
+        configuration.
     """
 
     def __init__(
-        self, config: ConfigDict, job: Any, case: Any, device: Any, apply: Callable[[ConfigDict, Topology, int], None]
+        self, config: ConfigDict, job: Any, source: Any, device: Any, apply: Callable[[ConfigDict, Topology, int], None]
     ) -> None:
         import numpy as np
 
-        from medjax.data import pipeline
-
         self._config, self._job, self._device, self._apply = config, job, device, apply
-        row = pipeline.Source([case], tuple(job.tasks)).row(0, np.zeros(3, int), _PROBE, 0, True)
+        row = source.row(0, np.zeros(3, int), _PROBE, 0, True)
         self._row = {key: np.asarray(value) for key, value in row.items()}
 
     def __call__(self, net: Topology, batch: int) -> Trial:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from medjax import config as config_lib
 from medjax.data import cohort as cohorts
-from medjax.data import dataset, preprocess, sampler
+from medjax.data import dataset, pipeline, preprocess, sampler
 from medjax.errors import UserError
 from medjax.logging import Progress, say
 from medjax.plan import memory, recipe, rules
@@ -134,7 +134,7 @@ def make(
             "foreground": config.data.foreground,
         },
         "model": {k: plain(config.model[k]) for k in _order(config.model, recipe.changes(config).get("model", {}))},
-        "tasks": {name: {"levels": c["levels"]} for name, c in config.tasks.items() if "levels" in c},
+        "tasks": {name: {"levels": c["levels"]} for name, c in config.tasks.items() if c.type == "segmentation"},
         "train": {"precision": config.train.precision},
     }
     plan = {
@@ -166,8 +166,10 @@ def make(
 
 def open_tasks(config: ConfigDict) -> tuple[cohorts.Cohort, Mapping[str, Any]]:
     """The cohort, and its tasks; a configuration without tasks gets a segmentation for each mask target."""
-    from medjax import tasks
+    from medjax import tasks, train
 
+    if config.data.buckets:
+        raise UserError("config: data.buckets: whole volumes are trained on, so there is no patch to plan; set it to 0")
     # A folder that names its masks itself gives them to a task of this name, unless data.targets names others.
     wanted = config.tasks.to_dict() or ({} if config.data.targets else "segmentation")
     cohort = dataset.open_cohort(config.data, wanted)
@@ -179,8 +181,9 @@ def open_tasks(config: ConfigDict) -> tuple[cohorts.Cohort, Mapping[str, Any]]:
                 "masks (data.targets), or give a recipe with its tasks: --config=RECIPE"
             )
         with config.unlocked():
-            config.tasks = ConfigDict({name: segmentation(cohort) for name in masks})
+            config.tasks = ConfigDict({name: {"type": "segmentation"} for name in masks})
             config_lib.fill(config, _options)
+    train.declare_targets(config, cohort)
     return cohort, tasks.build(config.tasks, cohort.labels)
 
 
@@ -188,13 +191,6 @@ def _options(room: str, kind: str) -> Mapping[str, Any]:
     from medjax import models, tasks
 
     return {"model": models.options, "tasks": tasks.options}[room](kind)
-
-
-def segmentation(cohort: cohorts.Cohort) -> dict[str, Any]:
-    """The section of a segmentation task: of the cohort's labels, or of its regions where it has such."""
-    names = {value: name for name, value in cohort.labels.items()}
-    regions = {r: tuple(names[v] for v in values if v in names) for r, values in cohort.regions.items()}
-    return {"type": "segmentation", **({"regions": regions} if regions else {})}
 
 
 def divide(
@@ -330,8 +326,9 @@ class _Planner:
     ) -> None:
         self._config, self._cohort, self._division, self._fit, self._tasks = config, cohort, division, fit, job
         self._median, self._spacing, self._given = tuple(median), tuple(config.data.preprocess.spacing), given
-        # As nnU-Net counts: labels or regions, and the background.
-        self._outputs = sum(t.outputs + bool(getattr(t, "regions", ())) for t in job.values())
+        # As nnU-Net counts: labels or regions, and the background. Other tasks' heads weigh nothing.
+        masks = [t for name, t in job.items() if config.tasks[name].type == "segmentation"]
+        self._outputs = sum(t.outputs + bool(t.regions) for t in masks)
         # A backbone whose stages are lists takes the rules' stages; another keeps its own and takes the patch.
         own = {"model.factors", "model.kernels"} & given
         self._staged = {"features", "factors", "kernels"} <= set(config.model) and not own
@@ -348,7 +345,7 @@ class _Planner:
                 each = tuple(self._config.model[key])
                 config.model[key] = (*each, *each[-1:] * count)[:count]
         for name, task in config.tasks.items():
-            if "levels" in task and f"tasks.{name}.levels" not in self._given:
+            if task.type == "segmentation" and f"tasks.{name}.levels" not in self._given:
                 # As nnU-Net: all of the decoder but its coarsest level.
                 task["levels"] = max(1, net.stages - 2)
 
@@ -372,18 +369,23 @@ class _Planner:
         from medjax import train
         from medjax.models.model import DTYPES, build_model
 
-        config, train_cases = self._config, self._division.splits["train"]
+        config = self._config.copy_and_resolve_references()
         model = build_model(config, self._tasks)
         nets = self._candidates(model)
-        example = min(
-            _labelled(train_cases, self._tasks, self._cohort), key=lambda c: np.prod(self._fit.prepared_shape(c))
-        )
-        prepared = dataset.prepare(self._fit, [example])[0]
+        train_cases = self._division.splits["train"]
         total = train.steps_of(config, "train.total", len(train_cases))
-        job = train.Job(self._cohort, self._division.splits, self._fit, self._tasks, model, total)
+        read: Sequence[cohorts.Case] = _labelled(train_cases, self._tasks, self._cohort)
+        masks_alone = all(task.type == "segmentation" for task in config.tasks.values())
+        if masks_alone:  # one stands for all; else heads are made for what all the targets are
+            read = [min(read, key=lambda case: np.prod(self._fit.prepared_shape(case)))]
+        prepared = dataset.each(self._prepared_targets, read, config.data.workers, None)
+        source = pipeline.Source(prepared, tuple(self._tasks), self._fit.ignore)
+        job = train.Job(self._cohort, {"train": tuple(read)}, self._fit, self._tasks, model, total)
+        if not masks_alone:
+            job = train.fit_tasks(config, job, source)
         if not exact:
             say("no GPU here: the step is compiled for this CPU instead, which only estimates what a GPU needs")
-        meter = memory.Meter(config, job, prepared, device, self.apply)
+        meter = memory.Meter(config, job, source, device, self.apply)
 
         blocks = rules.PRESETS["nnunet-resenc-l"].blocks if config.model.get("residual") else ()
 
@@ -422,6 +424,12 @@ class _Planner:
                 f"--budget={budget / 1e9:.3g}GB is too small: even the patch {_by(error.trial.net.patch)} at "
                 f"batch {error.trial.batch}, needs {need / 1e9:.3g} GB. What would help: {', or '.join(cures)}"
             ) from None
+
+    def _prepared_targets(self, case: cohorts.Case) -> preprocess.Prepared:
+        """A prepared case whose image takes no memory: only its shape and the targets are asked for."""
+        prepared = preprocess.prepare_case(case, self._fit)
+        empty = np.broadcast_to(np.zeros((), prepared.image.dtype), prepared.image.shape)
+        return dataclasses.replace(prepared, image=empty)
 
     def _candidates(self, model: Any) -> list[rules.Topology]:
         factor = tuple(model.backbone.total_factor())
