@@ -483,7 +483,7 @@ def test_a_given_patch_and_batch_stay(spheres: tuple[Path, Path], tmp_path: Path
 
 
 def test_other_tasks_are_planned_beside_a_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A grade from a table: its head is made for the classes that all the cases have, and nothing learnt is fixed."""
+    """A grade from a table: its head is compiled too, and what it learns of the cases is left to training."""
     root = write_cohort(tmp_path / "cohort")
     (root / "grades.csv").write_text("id,grade\n" + "".join(f"case{i},{i % 3}\n" for i in range(8)))
     shapes: list[Any] = []
@@ -495,7 +495,8 @@ def test_other_tasks_are_planned_beside_a_mask(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(memory.Meter, "__call__", spy)
     table = ["--config.data.table=grades.csv", "--config.data.targets={'organ': 'label', 'grade': 'grade'}"]
-    job = ["--config.tasks={'organ': {'type': 'segmentation'}, 'grade': {'type': 'classification'}}"]
+    grade = "{'type': 'classification', 'names': ('a', 'b', 'c'), 'balance': 'inverse'}"
+    job = [f"--config.tasks={{'organ': {{'type': 'segmentation'}}, 'grade': {grade}}}"]
     net = ["--config.model.features=(4,)", "--config.model.convs=1", "--config.augment.policy="]
     fixed = ["--config.data.patch=(16,16,8)", "--config.data.batch_size=2"]
     run_plan(root, "--budget=1GB", f"--out={tmp_path / 'out'}", *table, *job, *net, *fixed)
@@ -504,7 +505,7 @@ def test_other_tasks_are_planned_beside_a_mask(tmp_path: Path, monkeypatch: pyte
     assert {name: task.type for name, task in config.tasks.items()} == {
         "organ": "segmentation", "grade": "classification"
     }  # fmt: skip
-    assert config.tasks.grade.names == ()
+    assert (config.tasks.grade.balance, config.tasks.grade.class_weights) == ("inverse", ())
 
 
 def test_planning_for_a_recipe_keeps_its_own_choices(spheres: tuple[Path, Path], tmp_path: Path) -> None:
