@@ -10,6 +10,7 @@ import itertools
 import json
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ def main() -> None:
     names = run.plan.modalities
     for size in range(len(names), 0, -1):
         for kept in itertools.combinations(range(len(names)), size):
-            rows = defaultdict(list)
+            rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
             for number, case in enumerate(cases):
                 image = np.zeros_like(case.image)
                 image[..., list(kept)] = case.image[..., list(kept)]

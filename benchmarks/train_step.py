@@ -10,7 +10,8 @@ Nesterov momentum), on random images. Peers of `--peer=torch`, by `--variants`:
     compile    torch.compile on top
     tuned      torch.compile, jemalloc and huge pages (needs libjemalloc: `apt install libjemalloc2`, or --jemalloc)
 
-The two sides take turns of three steps each. `--peer=xla` is medjax itself with XLA's own convolutions (MEDJAX_NATIVE=0). The lines' form: `benchmarks/harness.py`.
+The two sides take turns of three steps each. `--peer=xla` is medjax itself with XLA's own convolutions
+(MEDJAX_NATIVE=0). The lines' form: `benchmarks/harness.py`.
 """
 
 from __future__ import annotations

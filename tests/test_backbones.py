@@ -44,7 +44,7 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...], list[tuple[int, ...]]]] 
     ),
     "inception": (
         {
-            "width": 1 / 4, "factors": ((1, 2, 2), (2, 2, 2), (1, 1, 1), (2, 1, 2)),
+            "width": 1 / 4, "factors": ((1, 2, 2), (2, 2, 2), (1, 1, 1), (1, 1, 2)),
             "decoder": "unet", "decoder_convs": 1,
         },
         (16, 16, 32),

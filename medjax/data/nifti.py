@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import importlib
 import io
 import itertools
 import logging
@@ -31,10 +32,10 @@ from medjax.data.volume import Volume, check_same_grid, corner_distance, count_n
 from medjax.errors import UserError, warn_once
 
 try:  # the same stream and the same checks at twice the speed, where it is installed
-    from isal import isal_zlib as inflate
+    inflate: Any = importlib.import_module("isal.isal_zlib")
 except ImportError:
     inflate = zlib
-_INFLATE_ERRORS = (zlib.error, inflate.error)
+_INFLATE_ERRORS: tuple[type[Exception], ...] = (zlib.error, inflate.error)
 
 LABEL_TOLERANCE = 1e-3
 """A label value this close to an integer is that integer; scaling factors leave values such as 0.99999997."""

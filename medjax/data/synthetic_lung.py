@@ -273,7 +273,7 @@ def _unit(rng: np.random.Generator) -> np.ndarray:
 
 def _edge_point(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
     point = rng.uniform(0, 1, 3) * shape
-    axis = rng.integers(3)
+    axis = int(rng.integers(3))
     point[axis] = rng.choice((0.0, shape[axis] - 1.0))
     return point
 

@@ -134,7 +134,7 @@ def _lesions(
         parts *= 1 - hole
         parts[0] += hole
     inside = np.sqrt(-2 * 14.0**2 * np.log(np.maximum(near, 1e-9))) < _STRATEGIC_RADIUS
-    return mask, float(np.count_nonzero(mask & inside) / max(np.count_nonzero(mask), 1))
+    return mask, int(np.count_nonzero(mask & inside)) / max(int(np.count_nonzero(mask)), 1)
 
 
 def _places(rng: np.random.Generator, allowed: np.ndarray, count: int) -> np.ndarray:
