@@ -72,7 +72,7 @@ def get_config(arg=None):
         config.optim.warmup = "2 steps"
         config.data.options.update({"n_train": 6, "n_val": 2, "n_test": 2, "size": 64})
         config.data.patch = (32, 32, 32)
-        config.model.features, config.model.convs, config.model.decoder_convs = (8, 16), 1, 1
+        config.model.features, config.model.convs, config.model.decoder_convs = (8, 16), (1, 1), (1,)
         config.train = ConfigDict(
             {"total": "8 steps", "log_every": "2 steps", "eval_every": "4 steps", "checkpoint_every": "4 steps"}
         )
