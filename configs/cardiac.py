@@ -6,8 +6,8 @@ four is held out, by patient. Of the 32 patients there, 074 and 076 share an ima
 
 The first stages convolve and halve in plane alone: slices are 10 mm apart, pixels 2 mm.
 
-Score: mean validation Dice 0.88 (RV 0.88, myocardium 0.85, LV 0.91) on 8 patients, 16 volumes. Cost: 25 CPU-minutes,
-13 minutes on 2 idle cores, in bfloat16 on a CPU with AMX; in float32 about three times as long.
+Score: mean validation Dice 0.88 (RV 0.88, myocardium 0.86, LV 0.91) on 8 patients, 16 volumes. Cost: 14.5 minutes in
+all on 2 cores, in bfloat16 on a CPU with AMX. See docs/benchmarks.md.
 
 Arguments: `debug` (a few steps), `data=FOLDER`.
 """
