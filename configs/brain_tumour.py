@@ -74,7 +74,7 @@ def get_config(arg=None):
         }
     )
     config.optim = ConfigDict(
-        {"name": "adamw", "lr": 3e-3, "weight_decay": 1e-2, "schedule": "cosine", "warmup": "20 steps", "ema": 0.99}
+        {"name": "adamw", "lr": 5e-3, "weight_decay": 1e-2, "schedule": "cosine", "warmup": "20 steps", "ema": 0.99}
     )
     config.train = ConfigDict(
         {

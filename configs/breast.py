@@ -47,8 +47,9 @@ def get_config(arg=None):
         }
     )
     config.optim = ConfigDict(
-        {"name": "adamw", "lr": 2e-3, "weight_decay": 3e-2, "schedule": "cosine", "warmup": "30 steps", "ema": 0.995}
+        {"name": "adamw", "lr": 6e-3, "weight_decay": 1e-2, "schedule": "cosine", "warmup": "30 steps", "ema": 0.995}
     )
+    config.optim.clip, config.optim.betas = 1.0, (0.9, 0.99)
     config.train = ConfigDict(
         {"total": "20 epochs", "eval_every": "5 epochs", "checkpoint_every": "5 epochs", "precision": "bfloat16"}
     )

@@ -37,11 +37,24 @@ def get_config(arg=None):
                 "type": "detection",
                 "names": ("polyp", "tumour"),
                 "attributes": (("pedunculated", "binary"), ("flat", "binary")),
+                "heat": "bce_mse",
+                "spread": 0.2,
+                "level": 1,
             }
         }
     )
     config.optim = ConfigDict(
-        {"name": "adamw", "lr": 2e-3, "weight_decay": 1e-2, "schedule": "cosine", "warmup": "30 steps", "ema": 0.995}
+        {
+            "name": "adamw",
+            "lr": 1e-2,
+            # The first gradients of a heat map are a hundred times the later ones; Adam must forget them soon.
+            "betas": (0.9, 0.99),
+            "clip": 1.0,
+            "weight_decay": 1e-2,
+            "schedule": "cosine",
+            "warmup": "30 steps",
+            "ema": 0.995,
+        }
     )
     config.train = ConfigDict(
         {"total": "1200 steps", "eval_every": "300 steps", "checkpoint_every": "300 steps", "precision": "bfloat16"}

@@ -57,7 +57,17 @@ def get_config(arg=None):
         }
     )
     config.optim = ConfigDict(
-        {"name": "adamw", "lr": 3e-3, "weight_decay": 1e-2, "schedule": "cosine", "warmup": "50 steps", "ema": 0.997}
+        {
+            "name": "adamw",
+            "lr": 1e-2,
+            # The first gradients of a heat map are a hundred times the later ones; Adam must forget them soon.
+            "betas": (0.9, 0.99),
+            "clip": 1.0,
+            "weight_decay": 1e-2,
+            "schedule": "cosine",
+            "warmup": "50 steps",
+            "ema": 0.997,
+        }
     )
     config.train = ConfigDict(
         {
