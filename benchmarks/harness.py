@@ -107,7 +107,7 @@ def compare(case: dict[str, str], ours: Worker, peer: Worker, repetitions: int, 
     """Alternates `repetitions` of each side and prints the JSON line. `case`: bench, case, dtype, mode, peer.
 
     A turn is `in_a_row` repetitions. More than one is for what runs many times over in practice, such as a training
-    step: after a pause a process finds its freed memory gone back to the system, and the first step pays for that.
+    step: the first step after a pause is slower than those that follow it.
     """
     try:
         for side in (ours, peer):
