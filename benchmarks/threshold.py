@@ -22,7 +22,8 @@ import numpy as np
 from scipy import ndimage
 
 from medjax import config as config_lib
-from medjax import models, tasks, train
+from medjax import job as job_lib
+from medjax import models, tasks
 from medjax.data import dataset
 from medjax.tasks.common import Found
 from medjax.tasks.findings import LABEL
@@ -133,7 +134,7 @@ def main() -> None:
     args = p.parse_args()
     options = {"model": models.options, "tasks": tasks.options}
     config = config_lib.load(args.config, (), lambda room, kind: options[room](kind))
-    job = train.open_job(config)
+    job = job_lib.open_job(config)
     # A sixth of the training cases and more is plenty for one number.
     learn = dataset.prepare(job.plan, job.splits["train"][:40])
     held = dataset.prepare(job.plan, job.splits[args.split])

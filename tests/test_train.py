@@ -20,8 +20,9 @@ import pytest
 from tiny import write_cohort, write_recipe
 
 from medjax import config as config_lib
+from medjax import job as job_lib
 from medjax import main, models, optim, parallel, tasks
-from medjax import train as spine
+from medjax import step as step_lib
 from medjax.checkpoint import Checkpoints
 from medjax.errors import UserError
 
@@ -131,9 +132,9 @@ def load(recipe: Path, *overrides: str) -> Any:
 def make(config: Any) -> tuple[Any, Any, Any]:
     """The train step, the function that makes its first state, and the mesh."""
     mesh = parallel.make_mesh({"data": -1})
-    job = spine.open_job(config)
-    tx, _, create = spine.make_state(config, job)
-    return spine.make_train_step(config, job, tx, mesh), create, mesh
+    job = job_lib.open_job(config)
+    tx, _, create = step_lib.make_state(config, job)
+    return step_lib.make_train_step(config, job, tx, mesh), create, mesh
 
 
 def a_batch(n: int = 4, seed: int = 0) -> dict[str, np.ndarray]:

@@ -140,7 +140,7 @@ class Meter:
     """Compiles the real training step of a configuration for other patches, networks and batches.
 
     Args:
-      config: resolved. job: what it trains (`train.Job`). source: of prepared cases (`pipeline.Source`), for the keys
+      config: resolved. job: what it trains (`job.Job`). source: of prepared cases (`pipeline.Source`), for the keys
         and types of a batch. device: a JAX device. apply: writes a network and a batch size into a copy of the
         configuration.
     """
@@ -161,7 +161,8 @@ class Meter:
         import numpy as np
         from jax.sharding import Mesh
 
-        from medjax import parallel, report, tasks, train
+        from medjax import parallel, report, tasks
+        from medjax import step as step_lib
         from medjax.models.model import build_model
 
         config = self._config.copy_and_resolve_references()
@@ -170,7 +171,7 @@ class Meter:
         built = tasks.build(config.tasks, self._job.cohort.labels)
         job = dataclasses.replace(self._job, tasks=built, model=build_model(config, built))
         mesh = Mesh(np.array([self._device]), ("data",))  # a plan is for one device, whatever else there is
-        tx, _, create = train.make_state(config, job)
+        tx, _, create = step_lib.make_state(config, job)
         everywhere = parallel.replicated(mesh)
         state = jax.tree.map(
             lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere), jax.eval_shape(create)
@@ -180,7 +181,7 @@ class Meter:
             shape = (*net.patch, *value.shape[3:]) if value.shape[:3] == _PROBE else value.shape
             kind = jax.dtypes.canonicalize_dtype(value.dtype)
             rows[key] = jax.ShapeDtypeStruct((batch, *shape), kind, sharding=parallel.batch_sharding(mesh))
-        step = report.compile_step(train.make_train_step(config, job, tx, mesh), state, rows)
+        step = report.compile_step(step_lib.make_train_step(config, job, tx, mesh), state, rows)
         size = {k: sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(v)) for k, v in
                 {"state": state, "params": state.params, "batch": rows}.items()}  # fmt: skip
         needed = step.peak + _WAITING * size["batch"]

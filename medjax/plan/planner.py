@@ -166,7 +166,8 @@ def make(
 
 def open_tasks(config: ConfigDict) -> tuple[cohorts.Cohort, Mapping[str, Any]]:
     """The cohort, and its tasks; a configuration without tasks gets a segmentation for each mask target."""
-    from medjax import tasks, train
+    from medjax import job as job_lib
+    from medjax import tasks
 
     if config.data.buckets:
         raise UserError("config: data.buckets: whole volumes are trained on, so there is no patch to plan; set it to 0")
@@ -183,7 +184,7 @@ def open_tasks(config: ConfigDict) -> tuple[cohorts.Cohort, Mapping[str, Any]]:
         with config.unlocked():
             config.tasks = ConfigDict({name: {"type": "segmentation"} for name in masks})
             config_lib.fill(config, _options)
-    train.declare_targets(config, cohort)
+    job_lib.declare_targets(config, cohort)
     return cohort, tasks.build(config.tasks, cohort.labels)
 
 
@@ -366,23 +367,23 @@ class _Planner:
 
     def compiled(self, budget: int, device: Any, exact: bool) -> list[memory.Trial]:
         """The compiler's choice."""
-        from medjax import train
+        from medjax import job as job_lib
         from medjax.models.model import DTYPES, build_model
 
         config = self._config.copy_and_resolve_references()
         model = build_model(config, self._tasks)
         nets = self._candidates(model)
         train_cases = self._division.splits["train"]
-        total = train.steps_of(config, "train.total", len(train_cases))
+        total = job_lib.steps_of(config, "train.total", len(train_cases))
         read: Sequence[cohorts.Case] = _labelled(train_cases, self._tasks, self._cohort)
         masks_alone = all(task.type == "segmentation" for task in config.tasks.values())
         if masks_alone:  # one stands for all; else heads are made for what all the targets are
             read = [min(read, key=lambda case: np.prod(self._fit.prepared_shape(case)))]
         prepared = dataset.each(self._prepared_targets, read, config.data.workers, None)
         source = pipeline.Source(prepared, tuple(self._tasks), self._fit.ignore)
-        job = train.Job(self._cohort, {"train": tuple(read)}, self._fit, self._tasks, model, total)
+        job = job_lib.Job(self._cohort, {"train": tuple(read)}, self._fit, self._tasks, model, total)
         if not masks_alone:
-            job = train.fit_tasks(config, job, source)
+            job = job_lib.fit_tasks(config, job, source)
         if not exact:
             say("no GPU here: the step is compiled for this CPU instead, which only estimates what a GPU needs")
         meter = memory.Meter(config, job, source, device, self.apply)

@@ -1,0 +1,161 @@
+"""What a run trains, and on what: cohort, splits, plan, tasks, model, prepared cases."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from medjax import config as config_lib
+from medjax import evaluate, tasks
+from medjax.data import cohort as cohorts
+from medjax.data import dataset, pipeline, preprocess, sampler, store
+from medjax.errors import UserError
+from medjax.logging import Progress, say
+from medjax.models.model import Model, build_model
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run trains on and what it trains.
+
+    Attributes:
+      splits: split name -> cases, with 'train'. plan: preprocessing, learnt from the training cases.
+      total: optimizer steps of the whole run.
+    """
+
+    cohort: cohorts.Cohort
+    splits: cohorts.Splits
+    plan: preprocess.Plan
+    tasks: Mapping[str, tasks.Task]
+    model: Model
+    total: int
+
+
+def open_job(config: ConfigDict) -> Job:
+    """Opens the cohort, divides it, learns the plan, builds tasks and model."""
+    cohort = dataset.open_cohort(config.data, config.tasks)
+    declare_targets(config, cohort)
+    splits = dataset.open_splits(cohort, config.data, config.seed)
+    if "train" not in splits:
+        raise UserError(f"config: data.split gives cohort '{cohort.name}' no 'train' split; it gives {list(splits)}")
+    evaluate.splits_to_evaluate(config, splits)
+    job = tasks.build(config.tasks, cohort.labels)
+    total = steps_of(config, "train.total", len(splits["train"]))
+    plan = preprocess.fit(config.data.preprocess, cohort, splits["train"])
+    model = build_model(config, job)
+    if config.data.buckets:
+        # What the network is made for, and the window of prediction: whatever volume there is.
+        cases = (*splits["train"], *splits.get("val", ()))
+        shapes = [plan.prepared_shape(case) for case in cases]
+        config.data.patch = sampler.bucket_shapes(shapes, 1, model.backbone.total_factor())[0]
+    return Job(cohort, splits, plan, job, model, total)
+
+
+def declare_targets(config: ConfigDict, cohort: cohorts.Cohort) -> None:
+    """Writes what the cohort declares about targets into the tasks that do not say otherwise.
+
+    Names of classes, and for the masks of an nnU-Net folder its regions and its ignore label.
+    """
+    by_value = {value: name for name, value in cohort.labels.items()}
+    with config.unlocked(), config.ignore_type():
+        for name, task in config.tasks.items():
+            if "names" in task and not task.names and name in cohort.classes:
+                task.names = tuple(cohort.classes[name])
+            if task.type != "segmentation":
+                continue
+            if cohort.regions and not task.regions:
+                task.regions = {
+                    region: tuple(by_value[value] for value in values) for region, values in cohort.regions.items()
+                }
+            if cohort.ignore is not None and task.ignore < 0:
+                task.ignore = int(cohort.ignore)
+
+
+def prepare_sources(config: ConfigDict, job: Job) -> dict[str, pipeline.Source]:
+    """Reads, checks and preprocesses the training and validation cases, in memory or in the store (`data.store`)."""
+    kept: list[str] = [name for name in ("train", "val") if name in job.splits]
+    others = [name for name in config.eval.splits if name in job.splits and name not in kept]
+    prepared: dict[str, Any] = {}
+    if config.data.store:
+        splits = {split: job.splits[split] for split in (*kept, *others)}
+        prepared, folder = store.prepare(
+            config.data.store, job.cohort.name, job.plan, splits, config.data.workers, Progress
+        )
+        say(f"store       {folder}")
+    else:
+        for split in (*kept, *others):
+            progress = Progress(f"{'preparing' if split in kept else 'checking'} {split} cases", len(job.splits[split]))
+            function: Callable = dataset.prepare if split in kept else dataset.check
+            prepared[split] = function(job.plan, job.splits[split], config.data.workers, progress.update)
+            progress.close()
+    sources = {name: pipeline.Source(prepared[name], tuple(job.tasks), job.plan.ignore) for name in kept}
+    if not config.data.buckets:
+        shapes = [case.image.shape[:3] for case in sources["train"].cases]
+        sampler.check_filled(config.data.patch, shapes, job.model.backbone.total_factor())
+    return sources
+
+
+def bucket_shapes(config: ConfigDict, job: Job, shapes: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:
+    """The shapes that whole volumes of `shapes` are padded to; none where training takes patches."""
+    if not config.data.buckets:
+        return []
+    return sampler.bucket_shapes(shapes, config.data.buckets, job.model.backbone.total_factor())
+
+
+def steps_of(config: ConfigDict, key: str, n_examples: int) -> int:
+    """The duration at `key` in optimizer steps."""
+    value: Any = config
+    for part in key.split("."):
+        value = value[part]
+    return config_lib.steps(value, batch_size=config.data.batch_size, n_examples=n_examples, key=key)
+
+
+class Targets(Sequence[tasks.Known]):
+    """A task's targets of the training cases that have one, read singly: a store may hold more than memory."""
+
+    def __init__(
+        self, name: str, cases: Sequence[cohorts.Case], source: pipeline.Source, plan: preprocess.Plan
+    ) -> None:
+        self._name, self._ids, self._prepared = name, [case.id for case in cases], source.cases
+        self._columns = tuple(plan.columns.get(name, ()))
+        self._with = [i for i, p in enumerate(source.cases) if name in p.targets or name in p.values]
+
+    def __len__(self) -> int:
+        return len(self._with)
+
+    def __getitem__(self, index: Any) -> Any:
+        number = self._with[index]
+        case = self._prepared[number]
+        # Findings are in both: the table describes the instances of the mask.
+        value = case.values[self._name] if self._name in case.values else case.targets[self._name]
+        return tasks.Known(self._ids[number], np.asarray(value), case.image.shape[:3], self._columns)
+
+
+def fit_tasks(config: ConfigDict, job: Job, source: pipeline.Source) -> Job:
+    """Lets the tasks check the training targets and learn from them; what they learn is written into `config.tasks`.
+
+    Raises:
+      UserError: a task without targets, or with targets that are not of its kind.
+    """
+    for name, task in job.tasks.items():
+        kind = job.plan.kinds.get(name)
+        if kind and kind not in task.targets and not (kind == "class" and "number" in task.targets):
+            raise UserError(
+                f"task '{name}': the cohort's target is a {kind}, and tasks of type '{config.tasks[name].type}' take a "
+                f"{' or a '.join(task.targets)}; correct tasks.{name}.type or data.targets.{name}"
+            )
+    names = dict.fromkeys((*job.tasks, *(t for case in job.splits["train"] for t in case.targets)))
+    known = {name: Targets(name, job.splits["train"], source, job.plan) for name in names}
+    learnt = tasks.fit(config.tasks, job.tasks, known)
+    if not any(learnt.values()):
+        return job
+    with config.unlocked(), config.ignore_type():
+        for name, values in learnt.items():
+            config.tasks[name].update(values)
+    built = tasks.build(config.tasks, job.cohort.labels)
+    return dataclasses.replace(job, tasks=built, model=build_model(config, built))
