@@ -166,7 +166,12 @@ def patch_conv_transpose(x: Array, w: Array, bias: Array | None = None) -> Array
 
 def _add_bias(y: Array, bias: Array) -> Array:
     y, bias = lowering.same_variance(y, bias)
-    return y + (_spread(bias, y.shape) if native.enabled() else bias)
+    return y + _spread(bias, y.shape) if native.enabled() else _plus(y, bias)
+
+
+def _plus(y: Array, bias: Array) -> Array:
+    # In float32, for the gradient's sake: the sum over all voxels of bfloat16 numbers loses its low digits.
+    return (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(y.dtype) if y.dtype == jnp.bfloat16 else y + bias
 
 
 def _conv_shape(x: Any, w: Any, window: _Window) -> tuple[int, ...]:
@@ -219,7 +224,7 @@ def _xla_conv(x: Array, w: Array, bias: Array | None = None, *, window: _Window)
         y = _to_cells(x, window.strides) @ w.reshape(-1, w.shape[4])
     else:
         y = _xla_general_conv(x, w, window)
-    return y if bias is None else y + bias
+    return y if bias is None else _plus(y, bias)
 
 
 def _xla_general_conv(x: Array, w: Array, window: _Window) -> Array:
