@@ -176,7 +176,7 @@ def _patches_monai(folder: Path, count: int, patches: int) -> Setup:
             # What is cached is not copied, as the crop is a copy. Each case several times, so that an epoch is long and
             # starting its workers counts little.
             data = CacheDataset(_files(folder, count), chain, num_workers=2, copy_cache=False, progress=False)
-            data.data = data.data * 400
+            data.data, data._cache, data.cache_num = data.data * 400, list(data._cache) * 400, data.cache_num * 400
             loader = DataLoader(
                 data, batch_size=max(1, BATCH // per_volume), num_workers=workers, shuffle=True,
                 persistent_workers=bool(workers),

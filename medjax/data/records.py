@@ -5,6 +5,7 @@ arrays lie, so that a part of an array is read without the rest.
 from __future__ import annotations
 
 import base64
+import ctypes
 import errno
 import hashlib
 import json
@@ -13,7 +14,7 @@ import os
 import threading
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from medjax.data import preprocess
 from medjax.data.cases import Case
 from medjax.data.sampler import foreground_points
 from medjax.errors import UserError, warn_once
+from medjax.ops import native
 
 FORMAT = 1  # of a case's file and of the JSON beside it
 # array_record's files (riegeli's records format): blocks of 64 KiB that begin with a header; the rest is one stream.
@@ -57,24 +59,31 @@ class Record:
         self._sums = np.frombuffer(base64.b64decode(about["blocks"]), "<u4")
         self._checked = bytearray(len(self._sums))
 
-    def runs(self, wanted: Callable[[], Iterable[tuple[int, np.ndarray]]]) -> None:
-        """Fills contiguous arrays, each from the byte offset beside it, in turn; a damaged file is mended once."""
+    def read(self, first: int, strides: Sequence[int], sizes: Sequence[int], out: np.ndarray) -> None:
+        """Fills the contiguous `out` [*sizes, ...]: entry (i, j) from byte first + i · strides[0] + j · strides[1] on.
+
+        A damaged file is mended once.
+        """
         checked = self._checked
         try:
-            self._runs(wanted())
+            self._read(first, strides, sizes, out)
         except _Damaged as error:
             self._mend(str(error), checked)
             try:
-                self._runs(wanted())
+                self._read(first, strides, sizes, out)
             except _Damaged as again:
                 raise UserError(f"{self.path}: {again}, again after it was prepared anew; check the disk") from None
 
-    def _runs(self, wanted: Iterable[tuple[int, np.ndarray]]) -> None:
+    def _read(self, first: int, strides: Sequence[int], sizes: Sequence[int], out: np.ndarray) -> None:
+        run = out.nbytes // math.prod(sizes)
         try:
             fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                for first, out in wanted:
-                    self._run(fd, first, memoryview(out.data).cast("B"))
+                # Steps far apart, and in each of them rows: what one or two axes are not, is a single step.
+                outer, inner = [(0, 1)] * (2 - len(sizes)) + list(zip(strides, sizes, strict=True))
+                reach = (inner[1] - 1) * inner[0] + run
+                self._check(fd, [(first + i * outer[0], reach) for i in range(outer[1])])
+                self._gather(fd, first, outer, inner, run, out)
             finally:
                 os.close(fd)
         except OSError as error:
@@ -82,11 +91,35 @@ class Record:
                 raise _Damaged(error.strerror) from None
             raise UserError(f"{self.path}: cannot be read: {error.strerror}") from None
 
-    def _run(self, fd: int, first: int, out: memoryview) -> None:
-        block, within = divmod(self._start + first, _PAYLOAD)
-        last = (self._start + first + len(out) - 1) // _PAYLOAD
-        if self._checked.find(0, block, last + 1) != -1:
-            self._check(fd, block, last)
+    def _gather(
+        self, fd: int, first: int, outer: tuple[int, int], inner: tuple[int, int], run: int, out: np.ndarray
+    ) -> None:
+        native_gather = native.function("medjax_gather")  # without it several times slower: Python's lock and copies
+        at = self._start + first
+        if native_gather is not None:
+            numbers = (_BLOCK, _HEADER, at, outer[1], outer[0], inner[1], inner[0], run, out.ctypes.data)
+            failed = native_gather(fd, *map(ctypes.c_int64, numbers))
+            if failed > 0:
+                raise OSError(failed, os.strerror(failed))
+            if failed < 0:
+                raise _Damaged("shorter than it was")
+            return
+        rows = out.reshape(outer[1], inner[1], run // out.itemsize)
+        if inner[0] == run or inner[1] == 1:
+            for i in range(outer[1]):
+                self._stream(fd, at + i * outer[0], memoryview(rows[i].data).cast("B"))
+            return
+        # What lies between the rows is read along with them.
+        between = np.empty((inner[1] * inner[0] // out.itemsize), out.dtype)
+        wide = between.reshape(inner[1], -1)
+        for i in range(outer[1]):
+            length = (inner[1] - 1) * inner[0] + run
+            self._stream(fd, at + i * outer[0], memoryview(between.data).cast("B")[:length])
+            rows[i] = wide[:, : rows.shape[2]]
+
+    def _stream(self, fd: int, first: int, out: memoryview) -> None:
+        """Fills `out` from a place in the stream on."""
+        block, within = divmod(first, _PAYLOAD)
         at, done = block * _BLOCK + _HEADER + within, 0
         header = bytearray(_HEADER)
         while done < len(out):
@@ -102,13 +135,21 @@ class Record:
                 raise _Damaged("shorter than it was")
             at += size + _HEADER
 
-    def _check(self, fd: int, block: int, last: int) -> None:
-        for number in range(block, last + 1):
-            if not self._checked[number]:
-                data = os.pread(fd, _BLOCK, number * _BLOCK)
-                if zlib.crc32(data) != self._sums[number]:
-                    raise _Damaged(f"damaged (block {number} of {len(self._sums)} is not what was written)")
-                self._checked[number] = 1
+    def _check(self, fd: int, parts: Sequence[tuple[int, int]]) -> None:
+        """Compares the blocks of these parts (first byte, length; in order) that no one has compared yet."""
+
+        def blocks(first: int, length: int) -> tuple[int, int]:
+            return (self._start + first) // _PAYLOAD, (self._start + first + length - 1) // _PAYLOAD + 1
+
+        if self._checked.find(0, blocks(*parts[0])[0], blocks(*parts[-1])[1]) == -1:
+            return
+        for part in parts:
+            for number in range(*blocks(*part)):
+                if not self._checked[number]:
+                    data = os.pread(fd, _BLOCK, number * _BLOCK)
+                    if zlib.crc32(data) != self._sums[number]:
+                        raise _Damaged(f"damaged (block {number} of {len(self._sums)} is not what was written)")
+                    self._checked[number] = 1
 
     def _mend(self, what: str, seen: bytearray) -> None:
         with self._lock:
@@ -165,22 +206,9 @@ class Stored:
             starts.pop()
             sizes.pop()
         strides = [self._kept.itemsize * math.prod(self.shape[i + 1 :]) for i in range(len(starts))]
-        first = self._at + sum(s * n for s, n in zip(starts[:2], strides, strict=False))
-
-        def runs() -> Iterator[tuple[int, np.ndarray]]:
-            if len(sizes) < 2:
-                yield first, out
-            elif len(sizes) == 2:
-                for x in range(sizes[0]):
-                    yield first + x * strides[0], out[x]
-            else:
-                # Rows [y, whole z] lie together: read them, keep the z that are wanted.
-                rows = np.empty((sizes[1], *self.shape[2:]), self._kept)
-                for x in range(sizes[0]):
-                    yield first + x * strides[0], rows
-                    out[x] = rows[:, starts[2] : starts[2] + sizes[2]]
-
-        self._record.runs(runs)
+        first = self._at + sum(s * n for s, n in zip(starts, strides, strict=True))
+        # The last axis that is cut lies together with what follows.
+        self._record.read(first, strides[:-1], sizes[:-1], out)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

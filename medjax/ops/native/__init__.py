@@ -12,6 +12,7 @@ import functools
 import os
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 from medjax.errors import UserError, warn_once
 from medjax.ops.native import build
@@ -118,6 +119,15 @@ def available() -> bool:
         )
         return False
     return True
+
+
+def function(name: str) -> Any | None:
+    """A C function of the library, by ctypes, for callers that can do without; None where off or without JAX."""
+    try:
+        loaded = _load() if enabled() else ""
+    except ImportError:
+        return None
+    return None if isinstance(loaded, str) else getattr(loaded.library, name)
 
 
 def supports_bfloat16() -> bool:

@@ -28,6 +28,7 @@ _SOURCES = (
     "separable.cc",
     "tone.cc",
     "normal.cc",
+    "gather.cc",
 )
 _HEADERS = ("team.h", "conv3d.h", "element.h")
 _RUNTIME_WHEEL, _HEADER_WHEEL = "onednn-cpu-gomp", "onednn-devel-cpu-gomp"
