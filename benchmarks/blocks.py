@@ -8,7 +8,8 @@ by its input and its parameters. Peers, by `--variants`:
     eager      as installed, in its better memory format
     compile    torch.compile on top
 
-The peer's interpreter needs torch and monai. The lines' form: `benchmarks/harness.py`.
+The two sides take turns of five repetitions each, as a network runs its blocks over and over. The peer's interpreter
+needs torch and monai. The lines' form: `benchmarks/harness.py`.
 """
 
 from __future__ import annotations
@@ -177,7 +178,7 @@ def main() -> None:
                     this = (case, dtype, mode)
                     line = {"bench": "blocks", "case": case, "dtype": dtype, "mode": mode, "peer": f"torch-{variant}"}
                     ours, peer = side(sys.executable, "ours", this), side(options.peer_python, variant, this)
-                    harness.compare(line, ours, peer, options.repetitions)
+                    harness.compare(line, ours, peer, options.repetitions, in_a_row=5)
     return None
 
 

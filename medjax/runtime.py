@@ -1,9 +1,9 @@
 """The process's memory allocator: huge pages without asking the user for an environment variable.
 
 A training step on the CPU allocates and frees hundreds of megabytes. In 4 KB pages that costs a fifth of its time in
-page faults and address translation. glibc (2.35 or newer) asks the kernel for huge pages if told to at process start,
-so a program tells it and starts itself again, once, in place: same process id, streams, working directory and
-arguments. `MEDJAX_HUGEPAGES=0` in the environment prevents it.
+page faults and address translation. glibc (2.35 or newer) asks the kernel for huge pages, and keeps what is freed, if
+told to at process start, so a program tells it and starts itself again, once, in place: same process id, streams,
+working directory and arguments. `MEDJAX_HUGEPAGES=0` in the environment prevents it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from pathlib import Path
 from medjax.errors import UserError
 
 _TUNABLE = "glibc.malloc.hugetlb"
+# Freed memory stays with the process: XLA allocates a program's temporaries anew at every call, and pages that went
+# back to the kernel in between cost more than a small network's forward pass.
+_KEEP = {"glibc.malloc.mmap_threshold": str(1 << 33), "glibc.malloc.trim_threshold": str(1 << 33)}
 _GUARD = "MEDJAX_RESTARTED"
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _OTHER_ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc", "hoard", "snmalloc")
@@ -88,7 +91,7 @@ def ensure_tuned_allocator() -> None:
     if not _can_restart() or not wanted:
         return
     # The user's own tunables come last and win.
-    tunables = {_TUNABLE: "1"} | _tunables()
+    tunables = {_TUNABLE: "1"} | _KEEP | _tunables()
     environment = {
         **os.environ,
         "GLIBC_TUNABLES": ":".join(f"{name}={value}" for name, value in tunables.items()),
