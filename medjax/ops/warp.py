@@ -147,7 +147,9 @@ def _coordinates(shape: Sequence[int], matrix: Array, shift: Array, field: Array
         d = d + field
     x, y, z = (d[..., i] for i in range(3))
     rows = [matrix[i, 0] * x + matrix[i, 1] * y + matrix[i, 2] * z + (centre[i] + shift[i]) for i in range(3)]
-    return jnp.stack(rows, axis=-1)
+    # What is far out, or not a number, is just outside: it shall not overflow an index.
+    at = [jnp.clip(jnp.where(jnp.isnan(r), -2.0, r), -2.0, n + 1.0) for r, n in zip(rows, shape, strict=True)]
+    return jnp.stack(at, axis=-1)
 
 
 def _moved(volume: Array, matrix: Array, shift: Array) -> Array:
