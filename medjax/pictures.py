@@ -158,7 +158,65 @@ def curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, t
     _save(figure, path)
 
 
+def comparison(
+    rows: Sequence[Mapping[str, Any]],
+    seconds: Mapping[str, float | None],
+    path: str | os.PathLike[str],
+    *,
+    baseline: str,
+    title: str = "",
+) -> None:
+    """Draws experiments side by side as a PNG: means, differences from the baseline, and means over training time.
+
+    Args:
+        rows: one an experiment, from top to bottom: "experiment", "mean", "low", "high" and, but for the baseline,
+            "difference", "difference_low", "difference_high"; nan where unknown.
+        seconds: experiment -> training time, None where unknown; the third panel is left out if any is.
+        path: the PNG; parent folders are made. It is written beside and renamed.
+        baseline: the experiment of the vertical line.
+        title: written above.
+    """
+    names = [str(row["experiment"]) for row in rows]
+    timed = all(seconds.get(name) for name in names)
+    figure = _figure(5.2 * (2 + timed), 1.5 + 0.34 * max(len(names), 4), face="white")
+    panels = [("mean", "low", "high", "mean, 95 % interval")]
+    panels.append(("difference", "difference_low", "difference_high", f"difference from {baseline}"))
+    for k, (key, low, high, label) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels) + timed, k + 1)
+        for i, row in enumerate(rows):
+            _bar(axes, row, (key, low, high), i, _DARK[1] if row["experiment"] == baseline else _DARK[0])
+        reference = next((row["mean"] for row in rows if row["experiment"] == baseline), math.nan) if k == 0 else 0.0
+        axes.axvline(reference, color=_DARK[1], linewidth=0.8, linestyle=_DASHES)
+        axes.set_yticks(range(len(names)), names if k == 0 else [""] * len(names))
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.25, axis="x")
+    if timed:
+        axes = figure.add_subplot(1, 3, 3)
+        for row in rows:
+            x, y = float(seconds[str(row["experiment"])] or 0.0), row["mean"]
+            axes.plot([x], [y], "o", color=_DARK[1] if row["experiment"] == baseline else _DARK[0], markersize=5)
+            axes.annotate(str(row["experiment"]), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axes.set_xlabel("seconds of training steps")
+        axes.set_ylabel("mean")
+        axes.margins(x=0.25, y=0.15)
+        axes.grid(alpha=0.25)
+    if title:
+        figure.suptitle(title, fontsize=12)
+    figure.set_layout_engine("tight")
+    _save(figure, path)
+
+
 # ---- parts
+
+
+def _bar(axes: Axes, row: Mapping[str, Any], keys: tuple[str, str, str], y: int, colour: str) -> None:
+    """A point with its interval, lying."""
+    value, low, high = (float(row.get(key, math.nan)) for key in keys)
+    if math.isfinite(low) and math.isfinite(high):
+        axes.plot([low, high], [y, y], "-", color=colour, linewidth=2)
+    if math.isfinite(value):
+        axes.plot([value], [y], "o", color=colour, markersize=5)
 
 
 def _check(image: np.ndarray, reference: np.ndarray | None, prediction: np.ndarray, spacing: Sequence[float]) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.extend import core
+
+from medjax.errors import write_atomic
 
 # `medjax.ops.conv3d` primitives: which of (operands, result) are the convolution's output and filter.
 NATIVE = {"medjax_conv3d": (-1, 1), "medjax_conv3d_input_grad": (0, 1), "medjax_conv3d_filter_grad": (1, -1)}
@@ -49,6 +53,20 @@ def compile_step(function: Callable, *arguments: Any) -> Compiled:
         alias = memory.alias_size_in_bytes
         sizes = (memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.output_size_in_bytes - alias)
     return Compiled(executable, seconds, flops(traced.jaxpr), *sizes)
+
+
+def write_cost(path: Path, step: Compiled, parameters: int, devices: int, total: int) -> None:
+    """What a run costs, as JSON for `medjax.compare`: 'bytes' are of one device, 'flops' of one step over all."""
+    cost = {
+        "parameters": parameters,
+        "flops": step.flops,
+        "bytes": step.peak,
+        "compile_seconds": round(step.seconds, 2),
+        "devices": devices,
+        "device": jax.devices()[0].device_kind,
+        "total": total,
+    }
+    write_atomic(path, json.dumps(cost, indent=2) + "\n")
 
 
 def flops(jaxpr: Any) -> int:

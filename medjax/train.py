@@ -99,6 +99,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         state = checkpoints.restore("latest", newest, abstract)
     write_atomic(workdir / "config.json", config_lib.to_json(config) + "\n")
     say_report(config, mesh, job, abstract, compiled, first)
+    report.write_cost(workdir / "cost.json", compiled, parameter_count(abstract.params), mesh.devices.size, job.total)
     metrics = Metrics(workdir, first, config)
     validation = Validation(config, job, sources["val"], mesh) if "val" in sources else None
 

@@ -1,0 +1,104 @@
+"""What the launchers share: the command they start, commands said before they run, the devices of this machine."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+
+from medjax.errors import UserError
+
+PREEMPTED = 75  # exit code of a run that saved its state because it was told to stop: start it again
+
+
+def split_arguments(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """The launcher's own arguments, and those behind '--', which are the program's."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    at = given.index("--") if "--" in given else len(given)
+    return given[:at], given[at + 1 :]
+
+
+def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """A launcher's command line; what follows '--' is for medjax.main."""
+    p = argparse.ArgumentParser(
+        prog=f"python -m launch.{name}",
+        usage=f"python -m launch.{name} [options] -- --config=RECIPE [--workdir=FOLDER] [--config.KEY=VALUE]",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    return p
+
+
+def check_run(arguments: Sequence[str], fixed_workdir: bool = False) -> None:
+    """Raises UserError unless the arguments behind '--' name a recipe (and a run folder, where that is needed)."""
+    if not any(a.startswith("--config=") for a in arguments):
+        raise UserError("behind '--' belong the arguments of medjax.main: -- --config=configs/brain_seg.py ...")
+    if fixed_workdir and not any(a.startswith("--workdir=") for a in arguments):
+        raise UserError(
+            "give --workdir=FOLDER behind '--': a folder that every machine sees and that outlives them, or the run "
+            "cannot be resumed"
+        )
+
+
+def shown(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
+    """A command as one would type it."""
+    return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in (environment or {}).items()), shlex.join(command)])
+
+
+def execute(command: Sequence[str], *, dry_run: bool, check: bool = True, **options: object) -> int:
+    """Says a command and, unless `dry_run`, runs it; UserError if it is not there, or fails and `check` is set."""
+    print(f"$ {shown(command)}", flush=True)
+    if dry_run:
+        return 0
+    need(command[0])
+    code = subprocess.run(command, check=False, **options).returncode  # type: ignore[call-overload]
+    if check and code:
+        raise UserError(f"{command[0]} failed with exit code {code}; its own message stands above")
+    return int(code)
+
+
+def need(program: str, hint: str = "") -> None:
+    """UserError unless `program` is installed."""
+    if shutil.which(program) is None:
+        raise UserError(f"'{program}' is not installed here{f': {hint}' if hint else ''}; --dry-run works without it")
+
+
+def gpus() -> list[str]:
+    """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them; none where JAX is told to use the CPU."""
+    if os.environ.get("JAX_PLATFORMS", "") == "cpu":
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return [str(i) for i, line in enumerate(x for x in done.stdout.splitlines() if x.startswith("GPU "))]
+
+
+def cores() -> list[int]:
+    """The CPU cores this process may use."""
+    try:
+        return sorted(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return list(range(os.cpu_count() or 1))
+
+
+def shares(items: Sequence[int] | Sequence[str], n: int) -> list[list]:
+    """`items` in n consecutive parts as even as can be; all of them n times where there are fewer than n."""
+    if len(items) < n:
+        return [list(items)] * n
+    cuts = [round(i * len(items) / n) for i in range(n + 1)]
+    return [list(items[a:b]) for a, b in itertools.pairwise(cuts)]
+
+
+def pin(cpus: Iterable[int]) -> None:
+    """Binds this process to the cores; nothing where the system cannot."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cpus)

@@ -1,0 +1,159 @@
+"""One run of a sweep: its command, its folder, its state; and how a batch system's job works it off."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.common import PREEMPTED, shown
+from medjax.errors import UserError, write_atomic
+
+FINAL = 2  # exit code of a user's mistake: the same command would end the same way
+TURNS = 50  # times a run is started again after a preemption
+GRACE = 60.0  # seconds a run is given to save its state when it is told to stop
+
+
+@dataclass(frozen=True)
+class Work:
+    """One run.
+
+    Attributes:
+      name: 'variant/seed0'. folder: of the run, its log and its state. command: that trains, resumes and evaluates it.
+    """
+
+    name: str
+    folder: Path
+    command: tuple[str, ...]
+
+    @property
+    def log(self) -> Path:
+        """What the command says, over all its turns."""
+        return self.folder / "log.txt"
+
+    def status(self) -> dict[str, Any]:
+        """'state' (waiting, queued, running, interrupted, failed, done), 'tries', 'code', 'seconds', 'job'."""
+        file = self.folder / "status.json"
+        try:
+            found = json.loads(file.read_text())
+        except FileNotFoundError:
+            return {"state": "waiting", "tries": 0, "seconds": 0.0}
+        except ValueError as error:
+            raise UserError(
+                f"{file}: not readable ({error}); delete it, and the run goes on from its checkpoint"
+            ) from None
+        return found
+
+    def update(self, **values: Any) -> dict[str, Any]:
+        """Changes the state on disk."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        status = self.status() | {"command": list(self.command)} | values
+        write_atomic(self.folder / "status.json", json.dumps(status, indent=2) + "\n")
+        return status
+
+    def check(self) -> None:
+        """Raises UserError if the folder holds a run of another command."""
+        known = self.status().get("command")
+        if known is not None and known != list(self.command):
+            raise UserError(
+                f"{self.folder}: was started as\n  {shown(known)}\nand would now be\n  {shown(self.command)}\n"
+                "Choose another --out, or delete that folder"
+            )
+
+    def start(self, environment: Mapping[str, str] | None = None, cpus: Sequence[int] = ()) -> subprocess.Popen:
+        """Starts the command in a process group of its own; what it says is added to the log."""
+        from launch.common import pin
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.log.open("a") as log:
+            log.write(f"$ {shown(self.command, environment)}\n")
+            log.flush()
+            return subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(environment or {})},
+                start_new_session=True,
+                preexec_fn=(lambda: pin(cpus)) if cpus else None,
+            )
+
+    def ended(self, code: int, seconds: float, retries: int) -> str:
+        """Writes down how a turn ended; returns the new state: 'done', 'failed', or 'waiting' for another turn."""
+        before = self.status()
+        spent = {"code": code, "seconds": round(before["seconds"] + seconds, 1)}
+        if code == 0:
+            return self.update(state="done", **spent)["state"]
+        if code == PREEMPTED:
+            turns = before.get("turns", 0) + 1
+            return self.update(state="waiting" if turns < TURNS else "failed", turns=turns, **spent)["state"]
+        tries = before["tries"] + 1
+        again = code != FINAL and tries <= retries
+        return self.update(state="waiting" if again else "failed", tries=tries, **spent)["state"]
+
+    def last_words(self) -> str:
+        """The last line of the log that says something."""
+        try:
+            with self.log.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+                lines = file.read().decode(errors="replace").splitlines()
+        except OSError:
+            return ""
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def stop(process: subprocess.Popen, grace: float = GRACE) -> int:
+    """Tells a run to save and end; kills its whole group after `grace` seconds. Returns its exit code."""
+    for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, 10.0)):
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            try:
+                process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                continue
+    return int(process.returncode)
+
+
+class Remote:
+    """Works off a run inside a job of a batch system; what `submitit` pickles and calls.
+
+    A crash is tried again in the same job. A preempted run, and a job whose time is up, are requeued.
+    """
+
+    def __init__(self, work: Work, retries: int) -> None:
+        self.work, self.retries = work, retries
+        self._process: subprocess.Popen | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"work": self.work, "retries": self.retries, "_process": None}
+
+    def __call__(self) -> str:
+        state = "waiting"
+        while state == "waiting":
+            self.work.update(state="running", job=os.environ.get("SLURM_JOB_ID", ""))
+            began = time.monotonic()
+            self._process = self.work.start()
+            code = self._process.wait()
+            state = self.work.ended(code, time.monotonic() - began, self.retries)
+            if code == PREEMPTED and state == "waiting":
+                self.work.update(state="queued")
+                subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+                time.sleep(600)  # SLURM ends this job now
+        return state
+
+    def checkpoint(self) -> Any:
+        """Called by submitit when the job is preempted or its time nearly up: ends the run, to be queued again."""
+        import submitit
+
+        if self._process is not None:
+            stop(self._process)
+        self.work.update(state="queued")
+        return submitit.helpers.DelayedSubmission(Remote(self.work, self.retries))

@@ -1,0 +1,231 @@
+"""Comparing runs: grouping, means, intervals and tests against analytic answers; refusals that name the cure."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medjax import compare
+from medjax.errors import UserError
+from medjax.metrics import stats
+
+CLASSES = ("shell", "core")
+Score = Callable[[int, str], float]  # (case, class) -> Dice
+
+
+def write_run(
+    folder: Path,
+    score: Score,
+    *,
+    cases: range = range(12),
+    split: str = "test",
+    auroc: float | None = None,
+    patients: int = 99,
+    **config: Any,
+) -> Path:
+    """A run folder as training and evaluation leave it, with Dice by `score`."""
+    whole = {
+        "name": "base",
+        "seed": 0,
+        "data": {"split": {"fold": 0}, "batch_size": 2},
+        "optim": {"lr": 0.1},
+        "mesh": {},
+    }
+    whole |= config
+    place = folder / "eval" / split
+    place.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(whole))
+    (folder / "cost.json").write_text(json.dumps({"parameters": 1000, "bytes": 5e9, "flops": 7, "total": 8}))
+    rows = [{"step": s, "train/loss": 1.0, "train/patches_per_s": 4.0} for s in (4, 8)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    table = [
+        {"case": f"c{i}", "group": f"p{i % patients}", "task": "t", "class": k, "dice": score(i, k), "volume_ml": 1.0}
+        for i in cases
+        for k in CLASSES
+    ]
+    metrics: dict[str, Any] = stats.summarize(table, ("dice",), CLASSES)
+    if auroc is not None:
+        metrics["auroc"] = {"mean": auroc, "ci95": [auroc - 0.1, auroc + 0.1], "per_class": {}}
+    with (place / "cases.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows(
+            {k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in table
+        )
+    (place / "summary.json").write_text(json.dumps({"metrics": metrics, "seconds": 3.0}))
+    return folder
+
+
+def noisy(mean: float, seed: int, spread: float = 0.05) -> Score:
+    def score(case: int, name: str) -> float:
+        rng = np.random.default_rng((seed, case, CLASSES.index(name)))
+        return float(mean + spread * rng.standard_normal())
+
+    return score
+
+
+def compared(folders: list[Path], baseline: str = "base") -> dict[tuple[str, str, str], dict[str, Any]]:
+    runs = [compare.read_run(f, "test") for f in folders]
+    rows = compare.compare(compare.group([r for r in runs if isinstance(r, compare.Result)]), baseline)
+    return {(r["experiment"], r["metric"], r["class"]): r for r in rows}
+
+
+def test_one_run_says_what_its_evaluation_said(tmp_path: Path) -> None:
+    def score(case: int, name: str) -> float:
+        return math.nan if case == 3 and name == "core" else noisy(0.7, 1)(case, name)
+
+    folder = write_run(tmp_path / "a", score, patients=7)
+    found = compared([folder])
+    said = json.loads((folder / "eval/test/summary.json").read_text())["metrics"]["dice"]
+    assert found["base", "dice", ""]["mean"] == pytest.approx(said["mean"], abs=1e-12)
+    for name in CLASSES:
+        assert found["base", "dice", name]["mean"] == pytest.approx(said["per_class"][name]["mean"], abs=1e-12)
+    # Two bootstraps of the same distribution.
+    row = found["base", "dice", ""]
+    assert [row["low"], row["high"]] == pytest.approx(said["ci95"], abs=0.004)
+    assert row["patients"] == 7
+
+
+def test_runs_are_grouped_by_what_they_train(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / f"s{s}", noisy(0.7, s), seed=s) for s in range(3)]
+    folders.append(write_run(tmp_path / "wide", noisy(0.7, 5), optim={"lr": 0.3}))
+    folders.append(write_run(tmp_path / "other", noisy(0.7, 6), name="other", mesh={"data": 8}))
+    runs = [compare.read_run(f, "test") for f in folders]
+    experiments = compare.group([r for r in runs if isinstance(r, compare.Result)])
+    assert [(e.name, e.seeds) for e in experiments] == [
+        ("base", [0, 1, 2]), ("base (optim.lr=0.3)", [0]), ("other", [0]),
+    ]  # fmt: skip
+    assert experiments[0].cost("seconds") == 8 * 2 / 4.0
+    assert experiments[0].cost("parameters") == 1000
+
+
+def test_seeds_and_folds_are_averaged(tmp_path: Path) -> None:
+    levels = {0: 0.5, 1: 0.7}
+    folders = [
+        write_run(
+            tmp_path / f"{s}{f}", lambda case, name, s=s: levels[s] + 0.01 * case, seed=s,
+            data={"split": {"fold": f}, "batch_size": 2}, cases=range(6 * f, 6 * f + 6),
+        )
+        for s in levels
+        for f in (0, 1)
+    ]  # fmt: skip
+    row = compared(folders)["base", "dice", ""]
+    assert row["mean"] == pytest.approx(0.6 + 0.01 * 5.5)
+    assert (row["seeds"], row["patients"]) == (2, 12)
+    # Seeds are drawn too: both alike in half of the resamples, so the interval spans their means.
+    assert row["low"] < 0.5 + 0.055 + 0.01
+    assert row["high"] > 0.7 + 0.055 - 0.01
+
+
+def test_interval_has_the_width_of_theory(tmp_path: Path) -> None:
+    """One class' worth of spread over many patients: ±1.96 standard errors."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(0.6, 0.1, 200)
+    folder = write_run(tmp_path / "a", lambda case, name: float(values[case]), cases=range(200), patients=200)
+    row = compared([folder])["base", "dice", ""]
+    half = 1.96 * values.std() / math.sqrt(200)
+    assert (row["high"] - row["low"]) / 2 == pytest.approx(half, rel=0.06)
+
+
+def test_differences_are_paired(tmp_path: Path) -> None:
+    """Cases differ far more than the two networks do; the constant gain is found all the same."""
+    base = [write_run(tmp_path / f"b{s}", noisy(0.6, 1, 0.2), seed=s) for s in range(2)]
+    better = [
+        write_run(tmp_path / f"v{s}", lambda c, k: noisy(0.6, 1, 0.2)(c, k) + 0.01, seed=s, name="better")
+        for s in range(2)
+    ]
+    same = [write_run(tmp_path / f"a{s}", noisy(0.6, 1, 0.2), seed=s, name="same") for s in range(2)]
+    found = compared([*base, *better, *same])
+    row = found["better", "dice", ""]
+    assert row["difference"] == pytest.approx(0.01)
+    assert row["difference_low"] == pytest.approx(0.01)
+    assert row["difference_high"] == pytest.approx(0.01)
+    assert row["high"] - row["low"] > 0.05
+    assert row["p"] == pytest.approx(2 / 2**12)
+    assert row["p_holm"] == pytest.approx(2 * row["p"])
+    assert found["same", "dice", ""]["p_holm"] == 1.0
+    assert "difference" not in found["base", "dice", ""]
+
+
+def test_holm_by_hand() -> None:
+    assert compare.holm([0.01, 0.04, 0.03, math.nan])[:3] == pytest.approx([0.03, 0.06, 0.06])
+    assert math.isnan(compare.holm([0.01, math.nan])[1])
+    assert compare.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_metrics_of_the_whole_cohort(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / f"{s}", noisy(0.6, s), seed=s, auroc=a) for s, a in ((0, 0.8), (1, 0.9))]
+    alone = write_run(tmp_path / "x", noisy(0.6, 9), name="alone", auroc=0.7)
+    found = compared([*folders, alone])
+    row = found["base", "auroc", ""]
+    half = 12.7062 * 0.0707107 / math.sqrt(2)  # Student's t of one degree of freedom
+    assert (row["mean"], row["low"], row["high"]) == pytest.approx((0.85, 0.85 - half, 0.85 + half), abs=1e-4)
+    assert found["alone", "auroc", ""]["low"] == pytest.approx(0.6)
+    assert "p" not in found["alone", "auroc", ""]
+
+
+def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for s in range(2):
+        write_run(tmp_path / "base" / f"seed{s}", noisy(0.6, s), seed=s)
+        write_run(tmp_path / "wide" / f"seed{s}", noisy(0.7, s), seed=s, name="wide", optim={"lr": 0.3})
+    half = write_run(tmp_path / "wide" / "seed2", noisy(0.7, 2), seed=2, name="wide", optim={"lr": 0.3})
+    (half / "eval/test/summary.json").unlink()
+    (tmp_path / "sweep.json").write_text(json.dumps({"variants": [{"name": "wide"}, {"name": "base"}]}))
+    compare.main([str(tmp_path), "--baseline=base"])
+    said = capsys.readouterr().out
+    assert f"left out    {half}: logged to step 8, not evaluated" in said
+    text = (tmp_path / "compare" / "summary.md").read_text()
+    assert text.index("| wide | 2 | 0.") < text.index("| base | 2 | 0.")
+    assert "- wide: optim.lr: 0.1 -> 0.3" in text
+    assert "0:04" in text
+    table = list(csv.DictReader((tmp_path / "compare" / "metrics.csv").open()))
+    assert [(r["experiment"], r["class"]) for r in table] == [(e, k) for e in ("wide", "base") for k in ("", *CLASSES)]
+    assert len(list(csv.DictReader((tmp_path / "compare" / "runs.csv").open()))) == 4
+    assert (tmp_path / "compare" / "dice.png").stat().st_size > 10_000
+    # Of the whole folder again: the report itself is no run.
+    compare.main([str(tmp_path), "--baseline=seed0", "--to", str(tmp_path / "again")])
+
+
+def test_refusals(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "a", noisy(0.6, 0))
+    b = write_run(tmp_path / "b", noisy(0.6, 0), name="b", cases=range(1, 13))
+    c = write_run(tmp_path / "c", noisy(0.6, 0), name="c", split="val")
+    (tmp_path / "empty").mkdir()
+    for arguments, message in (
+        ([tmp_path / "nowhere"], "no such folder"),
+        ([tmp_path / "empty"], "holds no run"),
+        ([a, b], "different cases: c0 only in base, seed 0; c12 only in b, seed 0"),
+        ([a, c], "none of the runs was evaluated on a split that the others were too"),
+        ([c, "--split=test"], "logged to step 8, evaluated on val"),
+        ([a, "--baseline=z"], "no such experiment; there are: base"),
+    ):
+        with pytest.raises(UserError, match=message):
+            compare.main([str(x) for x in arguments])
+    write_run(tmp_path / "twice" / "a", noisy(0.6, 0))
+    write_run(tmp_path / "twice" / "b", noisy(0.6, 0))
+    with pytest.raises(UserError, match="the same run twice"):
+        compare.main([str(tmp_path / "twice")])
+    d = write_run(tmp_path / "d", noisy(0.6, 0), name="d")
+    summary = json.loads((d / "eval/test/summary.json").read_text())
+    summary["metrics"]["dice"]["per_class"].pop("core")
+    (d / "eval/test/summary.json").write_text(json.dumps(summary))
+    with pytest.raises(UserError, match="other classes"):
+        compare.main([str(a), str(d)])
+
+
+def test_seeds_that_change_the_split_compare_seed_by_seed(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path / f"{name}{s}", noisy(m, s), seed=s, name=name, cases=range(6 * s, 6 * s + 6))
+        for name, m in (("base", 0.6), ("other", 0.7))
+        for s in range(2)
+    ]
+    assert compared(folders)["other", "dice", ""]["patients"] == 12
+    with pytest.raises(UserError, match="different cases"):
+        compared(folders[:3])
