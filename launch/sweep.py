@@ -16,7 +16,6 @@ import fcntl
 import importlib.util
 import itertools
 import json
-import os
 import re
 import shlex
 import signal
@@ -267,13 +266,9 @@ def run_local(works: Sequence[Work], slots: Sequence[Slot], retries: int) -> Non
                         waiting.append(work)
                 time.sleep(_POLL)
         except Interrupted:
-            for process in busy:  # all at once, then wait for each
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGTERM)
-            for process, (work, _, began) in busy.items():
-                code, spent = stop(process), time.monotonic() - began
-                state = "done" if code == 0 else "interrupted"
-                work.update(state=state, code=code, seconds=round(work.status()["seconds"] + spent, 1))
+            for code, (work, _, began) in zip(stop(list(busy)), busy.values(), strict=True):
+                seconds = work.status()["seconds"] + time.monotonic() - began
+                work.update(state="interrupted" if code else "done", code=code, seconds=round(seconds, 1))
             raise
 
 
@@ -298,9 +293,9 @@ def exit_words(code: int) -> str:
 def run_slurm(
     works: Sequence[Work], out: Path, retries: int, options: Mapping[str, Any], at_once: int, wait: bool
 ) -> None:
-    """Submits the runs as one job array through submitit and waits for them; those in the queue are left there."""
+    """Submits the runs that wait as one job array through submitit, and waits for all; what is queued stays there."""
     alive = jobs_in_queue()
-    fresh = [w for w in works if not _alive(w, alive)]
+    fresh = [w for w in works if w.status()["state"] not in ("done", "failed") and not _alive(w, alive)]
     if fresh:
         try:
             import submitit
@@ -442,6 +437,11 @@ def slurm_options(texts: Sequence[str]) -> dict[str, Any]:
         if not eq:
             raise UserError(f"--slurm {text}: write KEY=VALUE, e.g. --slurm partition=gpu --slurm gpus_per_node=1")
         found[key] = int(value) if value.isdecimal() else value
+    for key in ("nodes", "tasks_per_node", "ntasks_per_node"):
+        if found.get(key, 1) != 1:
+            raise UserError(
+                f"--slurm {key}={found[key]}: a run of a sweep is one process; launch.slurm starts larger ones"
+            )
     return found
 
 

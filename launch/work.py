@@ -61,7 +61,7 @@ class Work:
     def check(self) -> None:
         """Raises UserError if the folder holds a run of another command."""
         known = self.status().get("command")
-        if known is not None and known != list(self.command):
+        if known is not None and known[1:] != list(self.command[1:]):  # whatever the interpreter's path
             raise UserError(
                 f"{self.folder}: was started as\n  {shown(known)}\nand would now be\n  {shown(self.command)}\n"
                 "Choose another --out, or delete that folder"
@@ -109,17 +109,24 @@ class Work:
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def stop(process: subprocess.Popen, grace: float = GRACE) -> int:
-    """Tells a run to save and end; kills its whole group after `grace` seconds. Returns its exit code."""
+def stop(processes: Sequence[subprocess.Popen], grace: float = GRACE) -> list[int]:
+    """Tells runs to save and end; kills their whole groups after `grace` seconds. Returns their exit codes."""
     for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, 10.0)):
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-            try:
-                process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                continue
-    return int(process.returncode)
+        end = time.monotonic() + seconds
+        for process in processes:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, end - time.monotonic()))
+    return [int(process.returncode) for process in processes]
+
+
+def job_state() -> str:
+    """What SLURM says of the job this process is in: RUNNING, or COMPLETING when it has been cancelled."""
+    command = ["squeue", "--noheader", f"--jobs={os.environ['SLURM_JOB_ID']}", "--format=%T"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 class Remote:
@@ -136,24 +143,33 @@ class Remote:
         return {"work": self.work, "retries": self.retries, "_process": None}
 
     def __call__(self) -> str:
+        # submitit ignores SIGTERM, which says that the job is to end: the run saves, and ends with 75.
+        signal.signal(signal.SIGTERM, self._pass_on)
         state = "waiting"
         while state == "waiting":
-            self.work.update(state="running", job=os.environ.get("SLURM_JOB_ID", ""))
+            self.work.update(state="running", job=os.environ["SLURM_JOB_ID"])
             began = time.monotonic()
             self._process = self.work.start()
             code = self._process.wait()
             state = self.work.ended(code, time.monotonic() - began, self.retries)
+            if code != 0 and job_state() != "RUNNING":  # cancelled by someone: not to be brought back
+                return str(self.work.update(state="interrupted")["state"])
             if code == PREEMPTED and state == "waiting":
                 self.work.update(state="queued")
                 subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
-                time.sleep(600)  # SLURM ends this job now
+                time.sleep(60)  # SLURM ends this job now
         return state
+
+    def _pass_on(self, number: int, _: Any) -> None:
+        if self._process is not None and self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
 
     def checkpoint(self) -> Any:
         """Called by submitit when the job is preempted or its time nearly up: ends the run, to be queued again."""
         import submitit
 
         if self._process is not None:
-            stop(self._process)
+            stop([self._process])
         self.work.update(state="queued")
         return submitit.helpers.DelayedSubmission(Remote(self.work, self.retries))

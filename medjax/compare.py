@@ -36,7 +36,16 @@ from medjax.metrics.stats import LEVEL, RESAMPLES
 # What may differ between the runs of one experiment.
 REPEATS = ("seed", "data.split.fold")
 # What says where and how a run ran, not what it trained.
-ELSEWHERE = ("wandb", "mesh", "parallel", "data.workers", "data.store", "eval.pictures", "eval.predictions")
+ELSEWHERE = (
+    "wandb",
+    "mesh",
+    "mesh_rules",
+    "parallel",
+    "data.workers",
+    "data.store",
+    "eval.pictures",
+    "eval.predictions",
+)
 _ASIDE = {"checkpoints", "eval", "tensorboard", "compare", "predictions"}
 _SHOWN = 3  # metrics of a task in the report; metrics.csv has all
 _FEW = 6  # patients: with fewer Wilcoxon's two-sided p cannot fall below 0.05

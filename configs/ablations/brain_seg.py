@@ -61,7 +61,7 @@ def sweep(arg=None):
         {"name": "loss_focal", "overrides": {"tasks.brain.voxelwise": "focal"}},
         {"name": "loss_top_k", "overrides": {"tasks.brain.voxelwise": "top_k"}},
         {"name": "augment_none", "overrides": {"augment.mirror": (), **off}},
-        {"name": "augment_nnunet", "overrides": {"augment.policy": "nnunet"}},
+        {"name": "augment_nnunet", "overrides": {"augment.policy": "nnunet", **off}},
         {"name": "no_deep_supervision", "overrides": {"tasks.brain.levels": 1, "model.levels": 1}},
         {"name": "narrow", "overrides": {"model.features": tuple(f // 2 for f in features)}},
         {"name": "wide", "overrides": {"model.features": tuple(f * 2 for f in features)}},

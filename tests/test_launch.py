@@ -1,0 +1,388 @@
+"""Launchers: what they would run, processes that end together, a real SLURM, manifests against their schema."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import common, gke, local, slurm, tpu_vm
+from medjax.errors import UserError
+
+REPO = Path(__file__).resolve().parents[1]
+RUN = ["--", "--config=configs/brain_seg.py", "--workdir=/mnt/runs/a b"]
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+    return found
+
+
+# ---- this machine
+
+
+def processes(*codes: str) -> list[local.Process]:
+    return [local.Process((sys.executable, "-c", code), {}, ()) for code in codes]
+
+
+SLEEP = "import time; time.sleep(60)"
+
+
+def test_local_processes_end_together(capfd: pytest.CaptureFixture[str]) -> None:
+    began = time.monotonic()
+    assert local.run(processes("print('hello')", "print('there')"), 5) == (0, False)
+    out = capfd.readouterr().out
+    assert {"[0] hello", "[1] there"} <= set(out.splitlines())
+    # One is killed: the other, which would go on for a minute, has a second to end by itself.
+    assert local.run(processes("import os; os.kill(os.getpid(), 9)", SLEEP), 1) == (137, False)
+    assert "process 0 was killed by SIGKILL; the others have 1 s" in capfd.readouterr().out
+    assert local.run(processes(SLEEP, "raise SystemExit(3)"), 0)[0] == 3
+    # One that ends by itself in time is let.
+    assert local.run(processes("import time; time.sleep(1); raise SystemExit(75)", "raise SystemExit(75)"), 10)[0] == 75
+    assert time.monotonic() - began < 25
+
+
+def test_local_restarts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    codes = iter([(137, False), (75, False), (0, False), (2, False), (75, True)])
+    monkeypatch.setattr(local, "run", lambda processes, grace: next(codes))
+    assert local.main(["--processes=2", "--cpu-devices=1", "--restarts=5", *RUN]) == 0
+    assert "started again (2 of 5)" in capsys.readouterr().out
+    assert local.main(["--restarts=5", "--cpu-devices=1", *RUN]) == 2  # a mistake stays one
+    assert local.main(["--restarts=5", "--cpu-devices=1", *RUN]) == 75  # someone told it to stop
+
+
+def test_local_exit_codes() -> None:
+    assert local.together([0, 75]) == 75
+    assert local.together([75, 2]) == 2
+    assert local.together([-9, 1]) == 1  # the one that had something to say
+    assert local.together([75, -15]) == 143
+    assert local.together([0, 0]) == 0
+
+
+def test_local_passes_a_signal_on() -> None:
+    child = (
+        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print('up', flush=True); time.sleep(60)"
+    )
+    code = (
+        "import sys; from launch import local\n"
+        f"sys.exit(local.run([local.Process((sys.executable, '-c', {child!r}), {{}}, ())] * 2, 20)[0])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] in (["[0] up\n", "[1] up\n"], ["[1] up\n", "[0] up\n"])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 75
+    assert "told to save and end" in process.stdout.read()
+
+
+def test_local_shares_out_devices(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    local.main(["--processes=2", "--port=1234", "--dry-run", *RUN])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert "CUDA_VISIBLE_DEVICES=6,7" in lines[1]
+    assert lines[1].endswith("'--workdir=/mnt/runs/a b' --coordinator=localhost:1234 --processes=2 --process=1")
+    with pytest.raises(UserError, match="cannot be dealt out evenly; use a divisor of 4"):
+        local.main(["--processes=3", "--dry-run", *RUN])
+    local.main(["--processes=3", "--cpu-devices=2", "--dry-run", *RUN])
+    assert "JAX_PLATFORMS=cpu" in (out := capsys.readouterr().out)
+    assert "--xla_force_host_platform_device_count=2" in out
+    with pytest.raises(UserError, match="arguments of medjax.main"):
+        local.main(["--dry-run"])
+    # A single process needs no coordinator.
+    local.main(["--dry-run", *RUN])
+    assert "--coordinator" not in capsys.readouterr().out
+
+
+def test_shares() -> None:
+    assert common.shares([0, 1, 2, 3, 4], 2) == [[0, 1], [2, 3, 4]]
+    assert common.shares([0], 2) == [[0], [0]]
+
+
+# ---- SLURM
+
+
+def batch(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    slurm.main([*options, "--dry-run", *RUN])
+    return capsys.readouterr().out
+
+
+def test_slurm_script(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = batch(
+        capsys, "--nodes=2", "--tasks-per-node=8", "--gpus-per-task=1", "--cpus-per-task=6", "--partition=gpu",
+        "--sbatch=--constraint=a100", "--setup=module load cuda", "--python=python3",
+    )  # fmt: skip
+    options = re.findall(r"^#SBATCH --(\S+)$", text, re.M)
+    for option in (
+        "nodes=2", "ntasks-per-node=8", "gpus-per-task=1", "cpus-per-task=6", "partition=gpu", "constraint=a100",
+        "requeue", "open-mode=append", "signal=TERM@120", "job-name=brain_seg",
+    ):  # fmt: skip
+        assert option in options
+    assert "\nmodule load cuda\n" in text
+    assert "--cpus-per-task=6 python3 -m medjax.main --config=configs/brain_seg.py '--workdir=/mnt/runs/a b'\n" in text
+    assert "array" not in text
+    file = script(tmp_path / "job", text)
+    assert subprocess.run(["bash", "-n", str(file)], check=False).returncode == 0
+
+
+def test_slurm_array(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = batch(capsys, "--array", "model.features=(8,16),(16,32)", "--at-once=1", "--python=echo")
+    assert "#SBATCH --array=0-1%1" in text
+    assert "--output=slurm/%x-%A_%a.log" in text
+    # As the shell expands it, with an srun that only says its arguments.
+    srun = script(tmp_path / "srun", '#!/bin/bash\nshift 2; printf "%s|" "$@"; exit 3\n')
+    environment = {**os.environ, "PATH": f"{srun.parent}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "1"}
+    file = script(tmp_path / "job", text)
+    done = subprocess.run(["bash", str(file)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert done.stdout == (
+        "echo|-m|medjax.main|--config=configs/brain_seg.py|--config.model.features=(16,32)|"
+        "--workdir=/mnt/runs/a b/features(16,32)|"
+    )
+    with pytest.raises(UserError, match="write KEY=VALUE1,VALUE2"):
+        slurm.main(["--array", "seed", "--dry-run", *RUN])
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A running SLURM of one node with two CPUs."""
+    for program in ("slurmctld", "slurmd", "munged", "sbatch"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed: apt-get install slurm-wlm munge")
+    if os.geteuid() != 0:
+        pytest.skip("slurmd starts other users' jobs, so this SLURM needs root")
+    folder = tmp_path_factory.mktemp("slurm")
+    start = REPO / "tests" / "slurm" / "start.sh"
+    subprocess.run([str(start), str(folder), "2"], check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+        yield folder
+        subprocess.run(["scancel", "--user=root"], check=False)
+        time.sleep(1)
+    subprocess.run([str(start), "--stop", str(folder)], check=True)
+
+
+def queue(job: str) -> str:
+    return subprocess.run(
+        ["squeue", "--noheader", f"--jobs={job}", "--format=%T"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+
+
+# Stands for medjax.main: the first turn works till it is told to stop and saves, the second finishes.
+TURNS = """#!/bin/bash
+echo "turn ${SLURM_RESTART_COUNT:-0}, process $SLURM_PROCID of $SLURM_NTASKS: ${*: -1}"
+trap 'echo saved; exit 75' TERM
+[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && exit 0
+for _ in $(seq 300); do sleep 0.1; done
+"""
+
+
+def submit(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    monkeypatch.chdir(folder)
+    slurm.main([*options, "--", "--config=recipe.py:debug", "--workdir=runs/x"])
+    found = re.search(r"batch job (\d+)", capsys.readouterr().out)
+    assert found is not None
+    return found[1]
+
+
+@pytest.mark.slurm
+def test_slurm_requeues_a_preempted_run(
+    cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = script(tmp_path / "turns", TURNS)
+    job = submit(tmp_path, monkeypatch, capsys, f"--python={program}", "--tasks-per-node=2", "--time=10")
+    log = tmp_path / "slurm" / f"recipe_debug-{job}.log"
+    until(lambda: log.exists() and log.read_text().count("turn 0") == 2)
+    subprocess.run(["scancel", "--signal=TERM", job], check=True)  # what a preemption sends
+    until(lambda: queue(job) == "PENDING")
+    assert log.read_text().count("saved") == 2
+    assert f"job {job} is queued again, and resumes" in log.read_text()
+    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)  # SLURM waits two minutes
+    until(lambda: log.read_text().count("turn 1") == 2)
+    assert "turn 1, process 1 of 2: --workdir=runs/x" in log.read_text()
+    until(lambda: queue(job) in ("", "COMPLETED", "COMPLETING"))
+    until(lambda: "JobState=COMPLETED" in shown(job))
+
+
+def shown(job: str) -> str:
+    return subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=False).stdout
+
+
+@pytest.mark.slurm
+def test_slurm_leaves_a_cancelled_run_alone(
+    cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = script(tmp_path / "turns", TURNS)
+    job = submit(tmp_path, monkeypatch, capsys, f"--python={program}", "--name=gone", "--time=10")
+    log = tmp_path / "slurm" / f"gone-{job}.log"
+    until(lambda: log.exists() and "turn 0" in log.read_text())
+    subprocess.run(["scancel", job], check=True)
+    until(lambda: "JobState=CANCELLED" in shown(job))
+    assert "saved" in log.read_text()
+    assert "queued again" not in log.read_text()
+
+
+@pytest.mark.slurm
+def test_slurm_array_runs_each_value(
+    cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = script(tmp_path / "say", '#!/bin/bash\necho "${@: -2}"\n')
+    job = submit(tmp_path, monkeypatch, capsys, f"--python={program}", "--array=seed=5,6", "--time=10")
+    logs = [tmp_path / "slurm" / f"recipe_debug-{job}_{i}.log" for i in range(2)]
+    until(lambda: all(log.exists() and log.read_text().strip() for log in logs))
+    assert [log.read_text().strip() for log in logs] == [f"--config.seed={s} --workdir=runs/x/seed{s}" for s in (5, 6)]
+
+
+# ---- Kubernetes
+
+GKE = ["--name=brain", "--image=example.org/medjax:1", "--dry-run"]
+
+
+def jobset(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    import yaml
+
+    gke.main([*GKE, *options, *RUN])
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--claim=runs", "--tpu=tpu-v5-lite-podslice", "--topology=4x4", "--hosts=4", "--chips=4", "--spot"],
+        ["--bucket=my-runs", "--service-account=runner", "--gpu=nvidia-l4", "--hosts=2", "--chips=2", "--memory=64Gi"],
+        ["--claim=runs", "--cpu=8", "--namespace=research"],
+    ],
+)
+def test_jobset_fits_its_schema(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    from jobset import SCHEMA
+
+    found = jobset(capsys, *options)
+    jsonschema.validate(found, SCHEMA)
+    for break_it in ({"spec": {**found["spec"], "suspended": True}}, {"apiVersion": "batch/v1"}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**found, **break_it}, SCHEMA)
+
+
+def test_jobset_says_what_it_must(capsys: pytest.CaptureFixture[str]) -> None:
+    found = jobset(
+        capsys, "--claim=runs", "--tpu=tpu-v5-lite-podslice", "--topology=4x4", "--hosts=4", "--chips=4", "--restarts=5"
+    )
+    job = found["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert (job["parallelism"], job["completions"], job["completionMode"], job["backoffLimit"]) == (4, 4, "Indexed", 0)
+    pod = job["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"  # or Kubernetes refuses a podFailurePolicy
+    [container] = pod["containers"]
+    assert container["command"][:4] == ["python", "-m", "medjax.main", "--config=configs/brain_seg.py"]
+    # <jobset>-<job>-<job index>-<pod index>.<subdomain>, the subdomain being the JobSet's name
+    assert container["command"][-3] == "--coordinator=brain-workers-0-0.brain:8476"
+    assert container["command"][-2:] == ["--processes=4", "--process=$(JOB_COMPLETION_INDEX)"]
+    assert container["resources"]["limits"]["google.com/tpu"] == "4"
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [75]
+    assert found["spec"]["failurePolicy"]["maxRestarts"] == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--claim=a", "--bucket=b"], "either --claim=NAME"),
+        ([], "either --claim=NAME"),
+        (["--claim=a", "--tpu=t", "--topology=4x4", "--hosts=2", "--chips=4"], "16 chips, and 2 host"),
+        (["--claim=a", "--tpu=t"], "belong together"),
+        (["--claim=a", "--name=Brain_1"], "small letters"),
+    ],
+)
+def test_jobset_refusals(options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        gke.main([*GKE, *options, *RUN])
+    with pytest.raises(UserError, match="give --workdir=FOLDER"):
+        gke.main([*GKE, "--claim=a", "--", "--config=x.py"])
+
+
+# ---- TPU VMs
+
+TPU = ["--name=brain", "--zone=us-west4-a", "--type=v5litepod-16", "--bucket=my-runs", "--spot"]
+
+# A slice that is there at the third look, is preempted under the first run, and has to be asked for again.
+GCLOUD = """#!/bin/bash
+here=$(dirname "$0"); echo "$@" >> $here/calls
+case "$*" in
+  *describe*) [ -e $here/there ] || { echo "ERROR: NOT_FOUND: no such thing" >&2; exit 1; }
+    if [ -e $here/broken ]; then echo '{"state": {"state": "SUSPENDED"}}'; exit; fi
+    n=$(cat $here/there); echo $((n + 1)) > $here/there
+    [ "$n" -ge 1 ] && echo '{"state": {"state": "ACTIVE"}}' || echo '{"state": {"state": "WAITING_FOR_RESOURCES"}}' ;;
+  *queued-resources\\ create*) echo 0 > $here/there ;;
+  *delete*) rm -f $here/there $here/broken ;;
+  *medjax.main*) if [ -e $here/ran ]; then exit 0; fi; touch $here/ran $here/broken; exit 255 ;;
+esac
+"""
+
+
+def test_tpu_vm_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tpu_vm.main([*TPU, "--dry-run", *RUN]) == 0
+    lines = [shlex.split(x[2:]) for x in capsys.readouterr().out.splitlines() if x.startswith("$ ")]
+    assert [" ".join(x[:5]) for x in lines] == [
+        "gcloud compute tpus queued-resources create", "gcloud compute tpus queued-resources describe",
+        "git archive --format=tar.gz --output=/tmp/medjax.tar.gz HEAD", "gcloud compute tpus tpu-vm scp",
+        "gcloud compute tpus tpu-vm ssh", "gcloud compute tpus tpu-vm ssh",
+        "gcloud compute tpus queued-resources delete",
+    ]  # fmt: skip
+    assert "--spot" in lines[0]
+    for command in (lines[4][-1], lines[5][-1]):
+        assert subprocess.run(["bash", "-n", "-c", command.removeprefix("--command=")], check=False).returncode == 0
+    assert "'--workdir=/mnt/runs/a b'" in lines[5][-1]
+    with pytest.raises(UserError, match="must lie under /mnt/runs"):
+        tpu_vm.main([*TPU, "--dry-run", "--", "--config=x", "--workdir=runs/x"])
+
+
+def test_tpu_vm_goes_on_after_a_preemption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script(tmp_path / "gcloud", GCLOUD)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    with contextlib.suppress(KeyError):
+        monkeypatch.delenv("GIT_DIR")
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "file").write_text("x")
+    for command in (["init", "-q"], ["add", "code"], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *command], check=True)
+    assert tpu_vm.main([*TPU, *RUN], poll=0.01) == 0
+    calls = (tmp_path / "calls").read_text().splitlines()
+    did = [c.split()[2:4] for c in calls if "describe" not in c]
+    once = [["queued-resources", "create"], ["tpu-vm", "scp"], ["tpu-vm", "ssh"], ["tpu-vm", "ssh"]]
+    assert did == [*once, ["queued-resources", "delete"], *once, ["queued-resources", "delete"]]
+    assert "preempted (exit code 255); turn 2 resumes" in capfd.readouterr().out
+
+
+def test_programs_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="'gcloud' is not installed here"):
+        tpu_vm.main([*TPU, *RUN])
+    with pytest.raises(UserError, match="'sbatch' is not installed here"):
+        slurm.main([*RUN])
+    with pytest.raises(UserError, match="'kubectl' is not installed here"):
+        gke.main([*GKE[:2], "--claim=a", *RUN])
