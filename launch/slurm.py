@@ -51,11 +51,11 @@ def script(args: argparse.Namespace, arguments: Sequence[str], here: Path) -> st
     }
     lines = [f"#SBATCH --{k}={v}" for k, v in options.items() if v]
     lines += ["#SBATCH --open-mode=append", "#SBATCH --requeue", *(f"#SBATCH {text}" for text in args.sbatch)]
-    words = [shlex.quote(w) for w in (args.python, "-m", "medjax.main", *arguments)]
+    own = [a for a in arguments if not (values and a.startswith("--workdir="))]
+    words = [shlex.quote(w) for w in (args.python, "-m", "medjax.main", *own)]
     element = ""
     if values:
         element = f"values=({' '.join(map(shlex.quote, values))})\nvalue=${{values[$SLURM_ARRAY_TASK_ID]}}"
-        words = [w for w in words if not w.startswith("--workdir=")]
         words += [
             f'--config.{key}="$value"',
             f'{shlex.quote(workdir(arguments, name))}/{key.rpartition(".")[2]}"$value"',

@@ -334,11 +334,11 @@ def run_slurm(
                         states[work.name] = "failed"
                 else:
                     missing.pop(work.name, None)
-                if seen.get(work.name) != states[work.name] and states[work.name] in ("running", "done", "failed"):
+                if seen.get(work.name) != states[work.name] and states[work.name] not in ("waiting", "queued"):
                     words = f": {work.last_words()} ({work.log})" if states[work.name] == "failed" else ""
                     say(f"{states[work.name]:11} {work.name}, job {status.get('job', '?')}{words}")
                 seen[work.name] = states[work.name]
-            if all(s in ("done", "failed") for s in states.values()):
+            if all(s in ("done", "failed", "interrupted") for s in states.values()):
                 return
             for _ in range(10):
                 look()
@@ -520,9 +520,8 @@ def finish(works: Sequence[Work], out: Path, baseline: str | None) -> None:
         compare.compare_folders(
             [w.folder for w in works if w.folder.resolve() in done], baseline, out / "compare", None
         )
-    if "failed" in states:
-        failed = states.count("failed")
-        say(f"{failed} run(s) failed; the same command tries them again")
+    if left := states.count("failed") + states.count("interrupted"):
+        say(f"{left} run(s) failed or were cancelled; the same command tries them again")
         raise SystemExit(1)
 
 

@@ -123,9 +123,16 @@ def stop(processes: Sequence[subprocess.Popen], grace: float = GRACE) -> list[in
     return [int(process.returncode) for process in processes]
 
 
+def job_id() -> str:
+    """Of the SLURM job this process is in. The bare number of an array's last element means the whole array."""
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]
+
+
 def job_state() -> str:
     """What SLURM says of the job this process is in: RUNNING, or COMPLETING when it has been cancelled."""
-    command = ["squeue", "--noheader", f"--jobs={os.environ['SLURM_JOB_ID']}", "--format=%T"]
+    command = ["squeue", "--noheader", f"--jobs={job_id()}", "--format=%T"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
@@ -147,7 +154,7 @@ class Remote:
         signal.signal(signal.SIGTERM, self._pass_on)
         state = "waiting"
         while state == "waiting":
-            self.work.update(state="running", job=os.environ["SLURM_JOB_ID"])
+            self.work.update(state="running", job=job_id())
             began = time.monotonic()
             self._process = self.work.start()
             code = self._process.wait()
@@ -156,7 +163,7 @@ class Remote:
                 return str(self.work.update(state="interrupted")["state"])
             if code == PREEMPTED and state == "waiting":
                 self.work.update(state="queued")
-                subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+                subprocess.run(["scontrol", "requeue", job_id()], check=True)
                 time.sleep(60)  # SLURM ends this job now
         return state
 

@@ -141,7 +141,7 @@ def test_slurm_script(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
         assert option in options
     assert "\nmodule load cuda\n" in text
     assert "--cpus-per-task=6 python3 -m medjax.main --config=configs/brain_seg.py '--workdir=/mnt/runs/a b'\n" in text
-    assert "array" not in text
+    assert "--array" not in text
     file = script(tmp_path / "job", text)
     assert subprocess.run(["bash", "-n", str(file)], check=False).returncode == 0
 
@@ -153,6 +153,7 @@ def test_slurm_array(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     # As the shell expands it, with an srun that only says its arguments.
     srun = script(tmp_path / "srun", '#!/bin/bash\nshift 2; printf "%s|" "$@"; exit 3\n')
     environment = {**os.environ, "PATH": f"{srun.parent}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "1"}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7"}
     file = script(tmp_path / "job", text)
     done = subprocess.run(["bash", str(file)], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 3
@@ -244,14 +245,23 @@ def test_slurm_leaves_a_cancelled_run_alone(
 
 
 @pytest.mark.slurm
-def test_slurm_array_runs_each_value(
+def test_slurm_array_requeues_its_elements(
     cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    program = script(tmp_path / "say", '#!/bin/bash\necho "${@: -2}"\n')
+    program = script(tmp_path / "turns", TURNS)
     job = submit(tmp_path, monkeypatch, capsys, f"--python={program}", "--array=seed=5,6", "--time=10")
     logs = [tmp_path / "slurm" / f"recipe_debug-{job}_{i}.log" for i in range(2)]
-    until(lambda: all(log.exists() and log.read_text().strip() for log in logs))
-    assert [log.read_text().strip() for log in logs] == [f"--config.seed={s} --workdir=runs/x/seed{s}" for s in (5, 6)]
+    until(lambda: all(log.exists() and "turn 0" in log.read_text() for log in logs))
+    assert [log.read_text().strip().split(": ")[1] for log in logs] == [f"--workdir=runs/x/seed{s}" for s in (5, 6)]
+    # The last element is preempted, whose number is that of the whole array: the other goes on.
+    subprocess.run(["scancel", "--signal=TERM", f"{job}_1"], check=True)
+    until(lambda: queue(f"{job}_1") == "PENDING")
+    assert queue(f"{job}_0") == "RUNNING"
+    assert f"job {job}_1 is queued again" in logs[1].read_text()
+    assert "saved" not in logs[0].read_text()
+    subprocess.run(["scontrol", "update", f"JobId={job}_1", "StartTime=now"], check=True)
+    until(lambda: "turn 1" in logs[1].read_text())
+    subprocess.run(["scancel", job], check=True)
 
 
 # ---- Kubernetes
