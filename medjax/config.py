@@ -52,6 +52,8 @@ def defaults() -> ConfigDict:
     c.data.group = ""  # patient, which no split cuts through: a column, a template, or a regex for case ids
     c.data.exclude = ()  # ids or patients that are left out
     c.data.split = ConfigDict({"file": "", "column": "", "folds": 0, "fold": 0, "test": 0.0, "stratify": ""})
+    c.data.labelled = 0  # training patients whose labels are used, 5 of them among 10; 0: all
+    c.data.unlabelled = True  # whether the others stay, without labels
     c.data.preprocess = ConfigDict(
         {
             "orientation": "RAS",
@@ -73,6 +75,7 @@ def defaults() -> ConfigDict:
             "classes": "present",  # any class a case has; 'balanced': each equally often over time; {label: weight}
             "balance": "",  # attribute of the cases (site, sex...) whose values are taken equally often
             "weight": "",  # attribute that says how often a case is taken, relative to the others
+            "labelled": 0.0,  # share of the examples that come from cases with a label; 0: as the cases come
         }
     )
     c.data.patch = (64, 64, 64)
@@ -109,6 +112,28 @@ def defaults() -> ConfigDict:
     c.optim.ema = 0.0  # decay of the averaged weights; 0: off
     # (regex, {'lr': factor, 'decay': factor}): the first that matches a parameter's path rules it; lr 0 freezes it.
     c.optim.rules = ((r".*/kernel", {"lr": 1.0, "decay": 1.0}), (r".*", {"lr": 1.0, "decay": 0.0}))
+
+    c.semi = ConfigDict(
+        {
+            "method": "",  # learns without labels too: mean_teacher, fixmatch, cps; docs/semi_supervised.md
+            "weight": 1.0,  # of its loss, after the ramp
+            "rampup": "400 steps",  # the weight rises as exp(-5 (1 - t)²) until then
+            "threshold": None,  # mean_teacher: share of the greatest entropy; else least confidence. None: as published
+            "cases": "unlabelled",  # whose outputs it compares: 'unlabelled' or 'all'
+            "ema": 0.99,  # mean_teacher: decay of the average that teaches and is evaluated, in place of optim.ema
+            "uncertainty": "threshold",  # mean_teacher: uncertain voxels are left out; 'entropy': weigh less; 'none'
+            "passes": 1,  # of the teacher, with dropout if more than one
+            "noise": 0.1,  # standard deviation of the teacher's noise, cut at twice that
+            # The student's view of a case without labels: augment.transforms done after config.augment.
+            "strong": (
+                ("brightness", {"p": 0.5}),
+                ("contrast", {"p": 0.5}),
+                ("gamma", {"p": 0.5}),
+                ("noise", {"p": 0.5, "std": 0.2}),
+                ("cutout", {"p": 0.5, "boxes": 2}),
+            ),
+        }
+    )
 
     c.train = ConfigDict()
     c.train.total = "1000 steps"

@@ -13,12 +13,13 @@ from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
 from medjax import optim, parallel
+from medjax import semi as semi_lib
 from medjax.augment import policy
 from medjax.errors import UserError
 from medjax.job import Job, steps_of
 from medjax.losses import weighting
 
-_DROPOUT = 1  # of the run's key: the stream that dropout draws from
+_DROPOUT, _TWIN = 1, 2  # streams of the run's key: of dropout, of the second network's first parameters
 
 
 @flax.struct.dataclass
@@ -28,6 +29,7 @@ class State:
     Attributes:
       average: exponential moving average of the parameters, or None.
       balance: of several tasks weighed by uncertainty: (log variances [T], their optimizer's state); else None.
+      twin: of cross pseudo supervision: (the second network's parameters, their optimizer's state); else None.
     """
 
     step: Any
@@ -35,6 +37,7 @@ class State:
     opt_state: Any
     average: Any
     balance: Any = None
+    twin: Any = None
 
     @property
     def eval_params(self) -> Any:
@@ -46,9 +49,10 @@ def make_state(config: ConfigDict, job: Job) -> tuple[Any, Callable, Callable[[]
     """The optimizer, its schedule, and the function that makes the first state from the seed."""
     shape = (1, *config.data.patch, len(job.plan.modalities))
 
-    def parameters() -> Any:
+    def parameters(key: Any = None) -> Any:
         x = jnp.zeros(shape, jnp.float32)
-        return job.model.init(jax.random.key(config.seed), x, train=True)["params"]
+        key = jax.random.key(config.seed) if key is None else key
+        return job.model.init(key, x, train=True)["params"]
 
     warmup = steps_of(config, "optim.warmup", len(job.splits["train"]))
     tx, rate = optim.build(config.optim, jax.eval_shape(parameters), job.total, warmup)
@@ -56,8 +60,12 @@ def make_state(config: ConfigDict, job: Job) -> tuple[Any, Callable, Callable[[]
     def create() -> State:
         params, log_variances = parameters(), jnp.zeros(len(job.tasks))
         balance = (log_variances, optax.adam(rate).init(log_variances)) if by_uncertainty(config, job) else None
-        average = params if config.optim.ema else None
-        return State(jnp.zeros((), jnp.int32), params, tx.init(params), average, balance)
+        average = params if semi_lib.average_decay(config) else None
+        twin = None
+        if config.semi.method == "cps":
+            second = parameters(jax.random.fold_in(jax.random.key(config.seed), _TWIN))
+            twin = (second, tx.init(second))
+        return State(jnp.zeros((), jnp.int32), params, tx.init(params), average, balance, twin)
 
     return tx, rate, create
 
@@ -67,6 +75,15 @@ def by_uncertainty(config: ConfigDict, job: Job) -> bool:
     if config.optim.balance not in ("fixed", "uncertainty"):
         raise UserError(f"config: optim.balance '{config.optim.balance}' is not known; known: fixed, uncertainty")
     return config.optim.balance == "uncertainty" and len(job.tasks) > 1
+
+
+def make_semi(config: ConfigDict, job: Job) -> semi_lib.Semi | None:
+    """What `config.semi` adds to the step; None where nothing is asked for."""
+    if not config.semi.method:
+        return None
+    train = job.splits["train"]
+    rampup = steps_of(config, "semi.rampup", len(train))
+    return semi_lib.Semi(config, job.tasks, rampup, [tuple(case.targets) for case in train])
 
 
 def abstract_state(config: ConfigDict, job: Job, sharding: Any) -> State:
@@ -87,25 +104,43 @@ def make_train_step(
     balanced = by_uncertainty(config, job)
     rate = optim.schedule(config.optim, job.total, steps_of(config, "optim.warmup", len(job.splits["train"])))
     weights = jnp.asarray([task.weight for task in job.tasks.values()])
+    semi = make_semi(config, job)
+    decay = semi_lib.average_decay(config)
 
-    def loss(
-        trained: tuple[Any, Any], batch: dict[str, Any], share: Mapping[str, Any], key: Any
-    ) -> tuple[Any, dict[str, Any]]:
-        params, log_variances = trained
-        outputs: Any = job.model.apply({"params": params}, batch["image"], train=True, rngs={"dropout": key})
+    def forward(params: Any, image: Any, key: Any, train: bool = True) -> Any:
+        return job.model.apply({"params": params}, image, train=train, rngs={"dropout": key})
+
+    def supervised(outputs: Any, batch: dict[str, Any], share: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         total, sums = 0.0, {}
         for name, task in job.tasks.items():
             # `where`, not a product: an example without a label must not bring in a NaN.
             losses = jnp.where(batch[f"{name}/mask"], task.loss(outputs[name], batch), 0.0)
             sums[name] = jnp.sum(losses) * share[name]
             total += task.weight * sums[name]
+        return total, sums
+
+    def loss(
+        trained: tuple[Any, ...], teacher: Any, batch: dict[str, Any], share: Mapping[str, Any], key: Any, number: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        params, log_variances, second = trained
+        outputs = forward(params, batch["image"], key)
+        total, sums = supervised(outputs, batch, share)
         parts = {f"loss/{name}": value for name, value in sums.items()} if len(sums) > 1 else {}
+        extra: Any = 0.0
+        if semi:
+            other = params if teacher is None else teacher
+            if second is not None:
+                other = forward(second, batch["image"], jax.random.fold_in(key, _TWIN))
+                extra += supervised(other, batch, share)[0]
+            more, found = semi.loss(forward, outputs, other, batch, share, key, number)
+            extra, parts = extra + more, parts | found
+            total += extra
         if balanced:
             # A round has its part of the losses, and so of the penalty on the variances.
             terms, present = jnp.stack(list(sums.values())), jnp.stack([share[n] > 0 for n in job.tasks])
             whole = weighting.uncertainty_total(terms, log_variances, present, weights)
             penalty = 0.5 * jnp.where(present, weights * log_variances, 0.0).sum()
-            return whole - (1 - 1 / rounds) * penalty, {"loss": total, **parts}
+            return whole - (1 - 1 / rounds) * penalty + extra, {"loss": total, **parts}
         return total, {"loss": total, **parts}
 
     def step(state: State, batch: dict[str, Any]) -> tuple[State, dict[str, Any]]:
@@ -115,38 +150,50 @@ def make_train_step(
             batch = task.prepare(key, batch)
         # Each task's losses are averaged over the examples of the whole batch that have its label.
         counts = {name: jnp.sum(batch[f"{name}/mask"]) for name in job.tasks}
+        if semi:
+            batch = jax.shard_map(semi.views, mesh=mesh, in_specs=rows, out_specs=rows)(batch)
+            counts |= {name: jnp.sum(batch[name]) for name in semi.masks}
         share = {name: jnp.where(count > 0, 1.0 / jnp.maximum(count, 1), 0.0) for name, count in counts.items()}
-        gradient = jax.grad(loss, has_aux=True)
+        # Only a teacher that is an average is not the student itself.
+        teacher = state.average if config.semi.method == "mean_teacher" else None
+
+        def gradient(trained: Any, batch: dict[str, Any], key: Any) -> Any:
+            return jax.grad(loss, has_aux=True)(trained, teacher, batch, share, key, state.step)
+
         drop = jax.random.fold_in(jax.random.fold_in(key, _DROPOUT), state.step)
-        trained = (state.params, state.balance[0] if balanced else None)
+        trained = (state.params, state.balance[0] if balanced else None, state.twin[0] if state.twin else None)
         if rounds == 1:
-            (grads, steepness), sums = gradient(trained, batch, share, drop)
+            (grads, steepness, second), sums = gradient(trained, batch, drop)
         else:
             # Round r takes rows r, r + rounds...: what lies on a device stays there.
             split = {k: v.reshape(-1, rounds, *v.shape[1:]).swapaxes(0, 1) for k, v in batch.items()}
 
             def add(carry: Any, part: tuple[Any, dict[str, Any]]) -> tuple[Any, None]:
                 number, rows = part
-                found = gradient(trained, rows, share, jax.random.fold_in(drop, number))
+                found = gradient(trained, rows, jax.random.fold_in(drop, number))
                 return jax.tree.map(jnp.add, carry, found), None
 
             one = jax.tree.map(lambda v: v[0], split)
-            zero = jax.tree.map(
-                lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, trained, one, share, drop)
-            )
-            ((grads, steepness), sums), _ = jax.lax.scan(add, zero, (jnp.arange(rounds), split))
+            zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, trained, one, drop))
+            ((grads, steepness, second), sums), _ = jax.lax.scan(add, zero, (jnp.arange(rounds), split))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p + u, state.params, updates)
         average = state.average
         if average is not None:
-            average = optim.ema(average, params, config.optim.ema, state.step)
+            average = optim.ema(average, params, decay, state.step)
         balance = state.balance
         if balanced:
             change, moments = optax.adam(rate).update(steepness, balance[1])
             balance = (balance[0] + change, moments)
             sums |= {f"log_variance/{name}": balance[0][i] for i, name in enumerate(job.tasks)}
+        twin = state.twin
+        if twin is not None:
+            change, moments = tx.update(second, twin[1], twin[0])
+            twin = (jax.tree.map(jnp.add, twin[0], change), moments)
+        if semi:
+            sums["semi/ramp"] = semi.ramp(state.step)
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
-        return State(state.step + 1, params, opt_state, average, balance), {**sums, "grad_norm": norm}
+        return State(state.step + 1, params, opt_state, average, balance, twin), {**sums, "grad_norm": norm}
 
     everywhere = parallel.replicated(mesh)
     return jax.jit(

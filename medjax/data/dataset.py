@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -114,7 +115,37 @@ def open_splits(
     if wanted["folds"]:
         spec |= {"folds": wanted["folds"], "fold": wanted["fold"]}
         spec |= {key: wanted[key] for key in ("test", "stratify") if wanted[key]}
-    return cohorts.split(cohort, spec, seed, check_content)
+    splits = cohorts.split(cohort, spec, seed, check_content)
+    return hide_labels(splits, config.get("labelled", 0), config.get("unlabelled", True), seed)
+
+
+def hide_labels(splits: cohorts.Splits, count: int, keep: bool, seed: int) -> cohorts.Splits:
+    """Takes the targets from all training patients but `count` of those who have any; 0 leaves the splits as they are.
+
+    A patient's place in the order depends on (seed, patient) alone: those chosen for 3 are among those for 5, on any
+    machine, and patients that are added change nobody else's place.
+
+    Args:
+      count: `data.labelled`. keep: `data.unlabelled`; whether the rest stays, as cases without targets.
+
+    Raises:
+      UserError: a negative count, or one above the number of patients with targets.
+    """
+    if not count:
+        return splits
+    having = {case.group for case in splits["train"] if case.targets}
+    if not 0 < count <= len(having):
+        raise UserError(
+            f"config: data.labelled={count}: needs a number from 1 to {len(having)}, the training patients with labels "
+            "(0: all of them)"
+        )
+
+    def order(group: str) -> bytes:
+        return hashlib.blake2b(f"labelled:{seed}:{group}".encode(), digest_size=8).digest()
+
+    chosen = set(sorted(having, key=order)[:count])
+    train = [case if case.group in chosen else replace(case, targets={}) for case in splits["train"]]
+    return {**splits, "train": tuple(case for case in train if keep or case.group in chosen)}
 
 
 def prepare(

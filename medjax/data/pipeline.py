@@ -133,6 +133,7 @@ def make_sampler(
         classes: 'present', 'balanced' or {label: weight}.
         balance: an attribute whose values are taken equally often; '': off.
         weight: an attribute that says how often a case is taken; '': equally.
+        labelled: share of the examples that come from cases with a label; 0: as the cases come.
       buckets: shapes of whole volumes (`bucket_shapes`); none: patches.
     """
     weights = _case_weights(cases, sampling["balance"], sampling["weight"])
@@ -148,7 +149,34 @@ def make_sampler(
         for key in chosen
     }
     chosen = {key: weight for key, weight in chosen.items() if holders[key]}
-    return Sampler(seed, len(source.cases), foreground, weights, chosen, holders, members, batch_size)
+    share = sampling.get("labelled", 0.0)
+    labelled = _labelled(source, share, weights, buckets) if share else ()
+    share = share if labelled else 0.0
+    return Sampler(seed, len(source.cases), foreground, weights, chosen, holders, members, batch_size, share, labelled)
+
+
+def _labelled(
+    source: Source, share: float, weights: Sequence[float], buckets: Sequence[Sequence[int]]
+) -> tuple[int, ...]:
+    """The cases with a label, of which `share` of the examples are to be; none where all or none have one."""
+    if not 0 < share <= 1:
+        raise UserError(f"config: data.sampling.labelled={share}: needs a share from 0 to 1")
+    if buckets:
+        raise UserError("config: data.sampling.labelled is for patches; with data.buckets leave it 0")
+    known = [any(t in c.targets or t in _values(c) for t in source.tasks) for c in source.cases]
+    if all(known) or not any(known):
+        some = "every training case has" if all(known) else "no training case has"
+        warn_once(f"data.sampling.labelled={share}: {some} a label, so cases are taken as they come")
+        return ()
+    chosen = tuple(i for i, k in enumerate(known) if k)
+    if weights and not (
+        any(weights[i] for i in chosen) and any(w for w, k in zip(weights, known, strict=True) if not k)
+    ):
+        raise UserError(
+            "config: data.sampling.weight gives all cases with a label, or all without, the weight 0; data.sampling."
+            "labelled needs some of both"
+        )
+    return chosen
 
 
 def _class_weights(source: Source, wanted: Any, labels: Mapping[str, int]) -> dict[Key, float]:

@@ -17,7 +17,7 @@ import numpy as np
 from medjax.errors import UserError
 
 # Distinct streams of the counter-based generator, so that no two uses share numbers.
-_ORDER, _PATCH, _FOREGROUND, _GROUP, _CASE = range(1, 6)
+_ORDER, _PATCH, _FOREGROUND, _GROUP, _CASE, _FREE = range(1, 7)
 
 _ONE = 1 << 32  # shares are fractions of this: whole numbers, so that the order is the same on every machine
 _SHUFFLED = 64  # turns of a wheel that are shuffled together, at least
@@ -93,6 +93,9 @@ class Sampler:
       holders: class -> the cases that have it, for every class of `classes`.
       buckets: the cases of each shape that whole volumes are padded to; a batch is of one bucket. Empty: patches.
       batch_size: rows of a batch over all processes; buckets need it.
+      share: of the examples that are of the cases `labelled`: exact over time, and in every batch that it divides.
+        `foreground` and `classes` then rule those alone. 0: any case, in turn.
+      labelled: the cases with a label, where `share` is not 0.
     """
 
     seed: int
@@ -103,9 +106,12 @@ class Sampler:
     holders: Mapping[Key, tuple[int, ...]] = field(default_factory=dict)
     buckets: tuple[tuple[int, ...], ...] = ()
     batch_size: int = 1
+    share: float = 0.0
+    labelled: tuple[int, ...] = ()
     _groups: Wheel | None = field(init=False, repr=False, compare=False)
     _members: tuple[tuple[tuple[int, ...], Wheel], ...] = field(init=False, repr=False, compare=False)
-    _cases: Wheel = field(init=False, repr=False, compare=False)
+    _cases: tuple[tuple[int, ...], Wheel] = field(init=False, repr=False, compare=False)
+    _free: tuple[tuple[int, ...], Wheel] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         weights = self.weights or (1.0,) * self.n_cases
@@ -118,7 +124,10 @@ class Sampler:
         shares = tuple(sum(wheel.weights) for _, wheel in members) if self.buckets else tuple(self.classes.values())
         object.__setattr__(self, "_members", members)
         object.__setattr__(self, "_groups", Wheel(self.seed, _GROUP, shares) if shares else None)
-        object.__setattr__(self, "_cases", Wheel(self.seed, _ORDER, weights))
+        known = self.labelled if self.share else tuple(range(self.n_cases))
+        free = tuple(sorted(set(range(self.n_cases)).difference(known)))
+        object.__setattr__(self, "_cases", (known, Wheel(self.seed, _ORDER, tuple(weights[i] for i in known))))
+        object.__setattr__(self, "_free", (free, Wheel(self.seed, _FREE, tuple(weights[i] for i in free) or (1.0,))))
 
     def bucket(self, example: int) -> int:
         """Number of the bucket whose shape example's batch has."""
@@ -128,8 +137,16 @@ class Sampler:
     def draw(self, example: int) -> tuple[int, Key | None]:
         """(case, class) of an example; the class is None unless `classes` rules which one its patch is centred on."""
         key = None
+        if self.share:
+            # Cases with and without a label, each in turns of their own.
+            before, known = self._known(example)
+            if not known:
+                free, wheel = self._free
+                return free[wheel.turn(example - before)[0]], None
+            example = before
+        cases, wheel = self._cases
         if self._groups is None:
-            return self._cases.turn(example)[0], None
+            return cases[wheel.turn(example)[0]], None
         if self.buckets:
             batch, row = divmod(example, self.batch_size)
             number, turn = self._groups.turn(batch)
@@ -137,11 +154,15 @@ class Sampler:
         else:
             before, labelled = _taken(example, self.foreground, self._offset)
             if not labelled:
-                return self._cases.turn(example - before)[0], None
+                return cases[wheel.turn(example - before)[0]], None
             number, turn = self._groups.turn(before)
             key = tuple(self.classes)[number]
-        group, wheel = self._members[number]
-        return group[wheel.turn(turn)[0]], key
+        group, members = self._members[number]
+        return group[members.turn(turn)[0]], key
+
+    def _known(self, example: int) -> tuple[int, bool]:
+        """How many examples before this one are of cases with a label, and whether it is."""
+        return _taken(example, self.share, _ONE // 2)
 
     def case(self, example: int) -> int:
         """Number of the case that example takes."""
@@ -149,6 +170,10 @@ class Sampler:
 
     def is_foreground(self, example: int) -> bool:
         """Whether example's patch is centred on labelled tissue: true for exactly the asked share of any long run."""
+        if self.share:
+            example, known = self._known(example)
+            if not known:
+                return False
         return _taken(example, self.foreground, self._offset)[1]
 
     @property

@@ -27,7 +27,7 @@ import numpy as np
 from jax import Array
 
 from medjax.errors import UserError
-from medjax.tasks.common import Kind, Odd
+from medjax.tasks.common import Activation, Kind, Odd
 
 # type in a config -> (file, class)
 TASKS = {
@@ -80,6 +80,11 @@ class Task(Protocol):
     @property
     def odd(self) -> Odd:
         """Output channels that change sign when the volume is mirrored along x, along y, along z (offsets)."""
+
+    @property
+    def activation(self) -> Activation:
+        """What makes the head's first output comparable between two networks (`medjax.semi`): 'softmax' over its
+        channels, 'sigmoid' of each, 'identity' for numbers; '' where outputs cannot be compared one by one."""
 
     def head(self) -> nn.Module:
         """From the pyramid to a list of outputs; the first is what whole cases are predicted with."""

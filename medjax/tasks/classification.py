@@ -19,7 +19,7 @@ from medjax.losses import weighting
 from medjax.metrics import classification as metrics
 from medjax.metrics import stats
 from medjax.models.heads import POOLS, PooledHead
-from medjax.tasks.common import Defaults, Kind, check_names, first_metric
+from medjax.tasks.common import Activation, Defaults, Kind, check_names, first_metric
 
 PROBLEMS = ("binary", "multiclass", "multilabel", "ordinal")
 
@@ -80,6 +80,10 @@ class Classification(Defaults):
     @property
     def kind(self) -> Kind:
         return "case"
+
+    @property
+    def activation(self) -> Activation:
+        return "softmax" if self.problem == "multiclass" else "sigmoid"
 
     @property
     def targets(self) -> tuple[str, ...]:

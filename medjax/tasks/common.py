@@ -11,6 +11,7 @@ import numpy as np
 from medjax.errors import UserError
 
 Kind = Literal["dense", "findings", "case"]
+Activation = Literal["softmax", "sigmoid", "identity", ""]
 Odd = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
@@ -26,6 +27,10 @@ class Defaults:
     @property
     def odd(self) -> Odd:
         return (), (), ()
+
+    @property
+    def activation(self) -> Activation:
+        return ""
 
     def reference(self, value: np.ndarray, geometry: Any = None) -> Any:
         return value

@@ -17,7 +17,7 @@ from medjax.losses import regression as losses
 from medjax.metrics import regression as metrics
 from medjax.metrics import stats
 from medjax.models.heads import POOLS, PooledHead
-from medjax.tasks.common import Defaults, Kind, check_names, first_metric
+from medjax.tasks.common import Activation, Defaults, Kind, check_names, first_metric
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,10 @@ class Regression(Defaults):
     @property
     def kind(self) -> Kind:
         return "case"
+
+    @property
+    def activation(self) -> Activation:
+        return "identity"
 
     @property
     def targets(self) -> tuple[str, ...]:

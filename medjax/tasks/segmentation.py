@@ -18,7 +18,7 @@ from medjax.losses import segmentation as losses
 from medjax.metrics import lesions, regression, stats
 from medjax.metrics import segmentation as metrics
 from medjax.models.heads import DenseHead
-from medjax.tasks.common import Defaults, Kind
+from medjax.tasks.common import Activation, Defaults, Kind
 
 MEANS = ("dice", "hd95", "nsd", "assd", "volume_error_ml")
 EXTRA = ("cldice", "lesion_dice", "lesion_hd95", "lesion_f1")
@@ -118,6 +118,10 @@ class Segmentation(Defaults):
     @property
     def kind(self) -> Kind:
         return "dense"
+
+    @property
+    def activation(self) -> Activation:
+        return "sigmoid" if self.regions else "softmax"
 
     @property
     def targets(self) -> tuple[str, ...]:
