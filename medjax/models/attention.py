@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from medjax.models.layers import Dropout, LayerNorm, Linear, drop_path, gelu
+from medjax.models.layers import Dropout, LayerNorm, Linear, drop_path
+from medjax.ops.gelu import gelu
 
 # What is added to the logits of two tokens of a window that a cyclic shift brought together from apart.
 _APART = -100.0

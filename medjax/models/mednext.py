@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from medjax.errors import UserError
-from medjax.models.layers import Conv3D, ConvTranspose3D, Dropout, InstanceNormAct, centred, drop_path, gelu
+from medjax.models.layers import Conv3D, ConvTranspose3D, Dropout, InstanceNormAct, centred, drop_path
 from medjax.models.unet import counts, per_stage
+from medjax.ops.gelu import gelu
 
 # variant -> (blocks, expansion) of the encoder's stages and the bottleneck; the decoder mirrors them.
 VARIANTS = {

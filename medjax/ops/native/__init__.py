@@ -30,6 +30,8 @@ _TARGETS = (
     "medjax_separable",
     "medjax_tone",
     "medjax_normal",
+    "medjax_gelu",
+    "medjax_gelu_grad",
 )
 # dnnl_cpu_isa_t is a bit mask; a set contains another when it has all of its bits.
 _AVX2, _AVX512, _AVX512_BF16, _AMX = 0x7, 0x27, 0xE7, 0xFEF

@@ -28,6 +28,7 @@ _SOURCES = (
     "separable.cc",
     "tone.cc",
     "normal.cc",
+    "gelu.cc",
     "gather.cc",
 )
 _HEADERS = ("team.h", "conv3d.h", "element.h")
