@@ -28,7 +28,7 @@ def get_config(arg=None):
             "preprocess": {"normalize": "ct"},
             "patch": (56, 56, 56),
             "batch_size": 3,
-            "foreground": 0.75,
+            "foreground": 0.67,
         }
     )
     config.augment = ConfigDict(
@@ -44,7 +44,7 @@ def get_config(arg=None):
     config.model.convs, config.model.decoder_convs = (1, 2, 2, 2), (1, 2, 2)
     config.tasks = ConfigDict(
         {
-            "outline": {"type": "segmentation", "levels": 2, "batch_dice": True, "balance": "sqrt", "lesions": True},
+            "outline": {"type": "segmentation", "levels": 2, "batch_dice": True, "lesions": True},
             "nodules": {
                 "type": "detection",
                 "names": ("nodule",),
