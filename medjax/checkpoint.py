@@ -14,16 +14,20 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from medjax.errors import UserError
+from medjax.errors import UserError, warn_once
 
 # Room a save leaves on the disk beside the state's own bytes: metadata, and what else the run writes meanwhile.
 _SPARE_BYTES = 1 << 20
+
+
+class Damaged(UserError):
+    """A checkpoint that cannot be read."""
 
 
 class Checkpoints:
@@ -38,7 +42,7 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.ERROR)
         logging.getLogger("absl").addFilter(_not_orbax)
         _hush_closed_loops()
-        self._ocp = ocp
+        self._ocp, self._read_only = ocp, read_only
         self._folder = workdir.resolve() / "checkpoints"
         self._managers = {}
         for kind, keep in (("latest", 2), ("best", 1)):
@@ -116,6 +120,52 @@ class Checkpoints:
         for manager in self._managers.values():
             manager.close()
 
+    def steps(self, kind: str) -> list[int]:
+        """Steps of the complete checkpoints of that kind, the newest first."""
+        return sorted(self._managers[kind].all_steps(), reverse=True) if kind in self._managers else []
+
+    def first_whole(
+        self, kind: str, read: Callable[[int], Any], agree: Callable[[bool], bool] = lambda whole: whole
+    ) -> tuple[int, Any] | None:
+        """Step and `read(step)` of the newest checkpoint that can be read; None if there is none at all.
+
+        Those before it are set aside as `checkpoints/damaged/<kind>-<step>`, which is said.
+
+        Args:
+          agree: whether all processes of the run could read theirs, from whether this one could.
+
+        Raises:
+          UserError: there are checkpoints, and all are damaged.
+        """
+        steps = self.steps(kind)
+        for number, step in enumerate(steps):
+            found, failure = None, None
+            try:
+                found = read(step)
+            except Damaged as error:
+                failure = error
+            if agree(failure is None):
+                return step, found
+            reason = str(failure or "another process cannot read it")
+            if number + 1 == len(steps):
+                raise Damaged(
+                    f"{reason}\nNone before it is left. Delete {self._folder} to train from the beginning, or use "
+                    "another --workdir."
+                )
+            place = self._set_aside(kind, step)
+            agree(True)
+            self._managers[kind].reload()
+            warn_once(f"{reason}\nIt is set aside as {place}; the checkpoint of step {steps[number + 1]} is used.")
+        return None
+
+    def _set_aside(self, kind: str, step: int) -> Path:
+        place = self._folder / "damaged" / f"{kind}-{step}"
+        if jax.process_index() == 0:
+            place.parent.mkdir(exist_ok=True)
+            shutil.rmtree(place, ignore_errors=True)
+            os.replace(self._folder / kind / str(step), place)
+        return place
+
     def newest(self, kind: str) -> int | None:
         """Step of the newest complete checkpoint of that kind."""
         return self._managers[kind].latest_step() if kind in self._managers else None
@@ -166,10 +216,8 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, AttributeError) as error:
             folder = self._folder / kind / str(step)
             reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{folder}: the checkpoint is damaged and cannot be read ({reason}). Delete this folder: the one "
-                "before it, if any, is used then; or train again in another --workdir."
-            ) from error
+            cure = " Delete this folder: the one before it, if any, is used then." if self._read_only else ""
+            raise Damaged(f"{folder}: the checkpoint is damaged and cannot be read ({reason}).{cure}") from error
 
     def _check(self, kind: str, step: int, stored: Any, like: Any) -> None:
         lines = mismatch(stored, like)

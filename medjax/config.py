@@ -143,6 +143,8 @@ def defaults() -> ConfigDict:
     c.train.eval_cases = 0  # validation cases scored while training; 0: all
     c.train.patience = 0  # evaluations without a better score before stopping; 0: never
     c.train.precision = "float32"  # or 'bfloat16': computation; parameters stay float32
+    c.train.nan_limit = 10  # updates in a row skipped for a loss or gradient not finite before the run ends; 0: never
+    c.train.stall_seconds = 1800.0  # without a step before the stacks are printed, three times before it ends; 0: never
 
     c.eval = ConfigDict()
     c.eval.splits = ("val", "test")
@@ -152,7 +154,13 @@ def defaults() -> ConfigDict:
     c.eval.predictions = True  # write NIfTI on each input's own grid
     c.eval.pictures = True
 
-    c.mesh = ConfigDict({"data": -1})  # devices along each axis; -1: all that are left
+    # Devices along each axis; -1: all that are left. The rows of a batch lie over data x fsdp, parameters over fsdp,
+    # volumes along their first axis over space; docs/cluster.md.
+    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "space": 1})
+    # (regex, place): the first that matches a parameter's path rules it: 'fsdp' (the longest axis that it divides),
+    # 'replicate', or a mesh axis or None for each axis.
+    c.mesh_rules = ((r".*", "fsdp"),)
+    c.parallel = "jit"  # or 'pmap': the step as one program a device
     c.wandb = ConfigDict({"project": "", "entity": ""})
     return c
 

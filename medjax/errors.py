@@ -1,7 +1,8 @@
 """Errors a user can cure, and oddities worth one line.
 
 `UserError` is for wrong input: the command-line programs print its message (no stack trace) and end with exit
-code 2. The message names the file or key, says what is wrong and what to do.
+code 2. The message names the file or key, says what is wrong and what to do. `Resumable` ends a program with exit code
+75: nothing is wrong, the same command goes on.
 """
 
 from __future__ import annotations
@@ -17,6 +18,14 @@ from typing import NoReturn
 
 class UserError(Exception):
     """Wrong input or setting. `str(error)` is one clear message for a person."""
+
+
+RESUMABLE = 75
+"""Exit code of a run that was cut short and goes on when the same command is given again (TEMPFAIL of sysexits.h)."""
+
+
+class Resumable(Exception):
+    """The program was told to stop, or lost a machine. `str(error)` says so and how it goes on."""
 
 
 _said: set[str] = set()
@@ -50,12 +59,15 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 def run_program(function: Callable[[], None]) -> None:
     """Calls a command-line program: a UserError ends it with one message and exit code 2, without a stack trace.
 
-    So does a full or failing disk.
+    So does a full or failing disk. A Resumable ends it with exit code 75.
     """
     try:
         function()
     except UserError as error:
         _fail(str(error))
+    except Resumable as error:
+        print(f"\nmedjax: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(RESUMABLE) from None
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise

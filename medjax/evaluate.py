@@ -10,14 +10,14 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from medjax import report
+from medjax import faults, processes, report
 from medjax.data import cohort as cohorts
 from medjax.data import dataset, nifti, preprocess
 from medjax.errors import UserError, write_atomic
@@ -25,15 +25,34 @@ from medjax.logging import Progress, say
 from medjax.predict import Predictor, Run, output_files, read_ahead, read_case, write, write_table
 
 
-def quick_scores(predictor: Predictor, params: Any, cases: Sequence[preprocess.Prepared]) -> dict[str, float]:
+def quick_scores(
+    predictor: Predictor,
+    params: Any,
+    cases: Sequence[preprocess.Prepared],
+    share: tuple[int, int] = (0, 1),
+    stop: Callable[[], bool] = lambda: False,
+    contribute: bool = True,
+) -> dict[str, float]:
     """Scores of prepared cases on their own grid, while training.
+
+    Args:
+      share: (i, n): of n processes (or groups) this is the i-th and predicts cases i, i + n...; all get all scores.
+      stop: asked before each turn, by each process equally often; True raises `faults.Preempted`.
+      contribute: whether what this process finds counts; of those that share their cases one does.
 
     Returns:
       'score', by which checkpoints are compared: the mean of the tasks' own (of masks, Dice); and what it is made of:
       '<metric>' and '<metric>/<class>' of one task, with '<task>/' before it of several.
     """
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in predictor.tasks}
-    for number, case in enumerate(cases):
+    index, ways = share
+    for turn in range(-(-len(cases) // ways)):
+        if stop():
+            raise faults.Preempted
+        number = turn * ways + index
+        if number >= len(cases):
+            continue
+        case = cases[number]
         probabilities = predictor(params, case.image)
         for name, task in predictor.tasks.items():
             value = (case.targets if task.kind == "dense" else case.values).get(name)
@@ -44,6 +63,7 @@ def quick_scores(predictor: Predictor, params: Any, cases: Sequence[preprocess.P
             decoded, reference = task.decode(probabilities[name], geometry), task.reference(value, geometry)
             found = task.score(decoded, reference, case.geometry.spacing)
             rows[name] += [{"case": number, "group": number, **row} for row in found]
+    rows = _gathered("validation", rows if contribute else {}, key=lambda row: row["case"])
     scores: dict[str, float] = {}
     selected = []
     for name, task in predictor.tasks.items():
@@ -60,11 +80,25 @@ def quick_scores(predictor: Predictor, params: Any, cases: Sequence[preprocess.P
     return {"score": float(np.mean(selected)) if selected else 0.0} | scores
 
 
+def _gathered(name: str, tables: dict[str, list[dict[str, Any]]], key: Callable) -> dict[str, list[dict[str, Any]]]:
+    """The rows of all processes, in the order of their cases, whoever had them."""
+    if processes.count() == 1:
+        return tables
+    found = processes.gather(name, tables)
+    names = list(dict.fromkeys(table for part in found for table in part))
+    return {table: sorted((row for part in found for row in part.get(table, ())), key=key) for table in names}
+
+
 def evaluate(workdir: Path, config: ConfigDict) -> None:
     """Evaluates the best checkpoint of the run in `workdir` on `config.eval.splits` that the cohort has.
 
     What the network is comes from the checkpoint; how it is evaluated (`config.eval`) and on which data from `config`.
     """
+    with faults.Preemption():
+        _evaluate(workdir, config)
+
+
+def _evaluate(workdir: Path, config: ConfigDict) -> None:
     run = Run(workdir, eval_options=config.eval)
     cohort = dataset.open_cohort(config.data, config.tasks)
     if dict(cohort.labels) != dict(run.labels):
@@ -94,7 +128,9 @@ def evaluate_split(run: Run, split: str, cases: Sequence[cohorts.Case], folder: 
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in run.tasks}
     progress = Progress(f"evaluating {split}", len(cases))
     tables: dict[str, list[dict[str, Any]]] = {name: [] for name, task in run.tasks.items() if task.kind != "dense"}
-    for number, (case, load) in enumerate(read_ahead(cases, run.plan), 1):
+    # Each process predicts, scores and writes its own cases; the rows meet at the end.
+    turns, order = processes.count(), {case.id: number for number, case in enumerate(cases)}
+    for number, (case, load) in enumerate(read_ahead(cases[processes.index() :: turns], run.plan), 1):
         prepared, like = load()
         probabilities = predictor(run.params, prepared.image)
         outputs = output_files(run, folder / "predictions", case.id)
@@ -113,8 +149,12 @@ def evaluate_split(run: Run, split: str, cases: Sequence[cohorts.Case], folder: 
                 reference = task.reference(prepared.values[name], prepared.geometry)
                 found = task.score(decoded, reference, prepared.geometry.spacing)
             rows[name] += [{"case": case.id, "group": case.group, **row} for row in found]
-        progress.update(number, case.id)
+        progress.update(min(number * turns, len(cases)), case.id)
     progress.close()
+    rows = _gathered(f"scores of {split}", rows, key=lambda row: order[row["case"]])
+    tables = _gathered(f"tables of {split}", tables, key=lambda row: order[row["case"]])
+    if not processes.primary():
+        return {}
     for name, found in tables.items():
         if options.predictions:
             (folder / "predictions").mkdir(exist_ok=True)

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medjax import config as config_lib
-from medjax import evaluate, tasks
+from medjax import evaluate, parallel, tasks
 from medjax.data import cohort as cohorts
 from medjax.data import dataset, pipeline, preprocess, sampler, store
 from medjax.errors import UserError
@@ -52,7 +52,7 @@ def open_job(config: ConfigDict) -> Job:
         # What the network is made for, and the window of prediction: whatever volume there is.
         cases = (*splits["train"], *splits.get("val", ()))
         shapes = [plan.prepared_shape(case) for case in cases]
-        config.data.patch = sampler.bucket_shapes(shapes, 1, model.backbone.total_factor())[0]
+        config.data.patch = sampler.bucket_shapes(shapes, 1, multiple(config, model))[0]
     return Job(cohort, splits, plan, job, model, total)
 
 
@@ -100,11 +100,17 @@ def prepare_sources(config: ConfigDict, job: Job) -> dict[str, pipeline.Source]:
     return sources
 
 
+def multiple(config: ConfigDict, model: Model) -> tuple[int, int, int]:
+    """What the axes of a whole volume are padded to multiples of: what the network halves, on each device."""
+    x, y, z = model.backbone.total_factor()
+    return x * parallel.make_mesh(config.mesh).shape["space"], y, z
+
+
 def bucket_shapes(config: ConfigDict, job: Job, shapes: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:
     """The shapes that whole volumes of `shapes` are padded to; none where training takes patches."""
     if not config.data.buckets:
         return []
-    return sampler.bucket_shapes(shapes, config.data.buckets, job.model.backbone.total_factor())
+    return sampler.bucket_shapes(shapes, config.data.buckets, multiple(config, job.model))
 
 
 def steps_of(config: ConfigDict, key: str, n_examples: int) -> int:

@@ -6,6 +6,7 @@ machine without them still trains and keeps its JSONL.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -19,9 +20,17 @@ import numpy as np
 
 from medjax.errors import UserError, warn_once, write_atomic
 
+_silent = False
+
+
+def leave_to_another() -> None:
+    """From now on this process says nothing and writes no metrics: another one of the run does."""
+    global _silent
+    _silent = True
+
 
 class Metrics:
-    """Writes scalars (and pictures) of a run, step by step.
+    """Writes scalars (and pictures) of a run, step by step; nothing where that is left to another process.
 
     Args:
       folder: of the run; rows go to `metrics.jsonl`, TensorBoard events to `tensorboard/`.
@@ -29,7 +38,11 @@ class Metrics:
     """
 
     def __init__(self, folder: Path, step: int, config: Mapping[str, Any] | None = None) -> None:
-        self._path = folder / "metrics.jsonl"
+        self._path = Path(os.devnull) if _silent else folder / "metrics.jsonl"
+        self._writer = self._wandb = None
+        if _silent:
+            self._file = self._path.open("a")
+            return
         _truncate(self._path, step)
         self._file = self._path.open("a")
         self._writer = _clu_writer(folder / "tensorboard")
@@ -107,7 +120,7 @@ class Progress:
 
     def __init__(self, label: str, total: int, *, every: float = 10.0, stream: Any = None) -> None:
         self._label, self._total, self._every = label, total, every
-        self._stream = stream or sys.stderr
+        self._stream = stream or (io.StringIO() if _silent else sys.stderr)
         self._live = self._stream.isatty()
         self._began = self._last = time.monotonic()
         self._first: int | None = None
@@ -143,4 +156,5 @@ def duration(seconds: float) -> str:
 
 def say(text: str) -> None:
     """One line of the report, on standard output."""
-    print(text, flush=True)
+    if not _silent:
+        print(text, flush=True)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from medjax import runtime
+from medjax import processes, runtime
 from medjax.errors import UserError, run_program
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 EPILOG = """Any key of the configuration is set with --config.KEY=VALUE, for example
   python -m medjax.main --config=configs/brain_seg.py --config.optim.lr=0.02 --config.train.total='20 epochs'
@@ -21,6 +25,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--config", required=True, metavar="FILE[:ARG]", help="recipe, such as configs/brain_seg.py:debug")
     p.add_argument("--workdir", type=Path, help="where results go (default: runs/<config name>)")
+    p.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes: where process 0 listens")
+    p.add_argument("--processes", type=int, metavar="N", help="how many there are (SLURM and TPU pods tell themselves)")
+    p.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
     p.add_argument("--mode", choices=("train", "eval"), default="train", help="eval: only evaluate the best checkpoint")
     return p
 
@@ -43,13 +50,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = config.name + "".join(f"_{c}" if i == 0 else c for i, c in enumerate(filter(str.isalnum, variant)))
     workdir = args.workdir or Path("runs") / name
 
-    from medjax import evaluate, train
+    processes.start(args.coordinator, args.processes, args.process)
+    processes.program(lambda: run(config, workdir, args.mode))()
 
+
+def run(config: ConfigDict, workdir: Path, mode: str) -> None:
+    """Trains (unless mode is 'eval') and evaluates, in this process and those beside it."""
+    from medjax import config as config_lib
+    from medjax import evaluate, logging, train
+
+    processes.agree(config_lib.to_json(config))
+    if not processes.primary():
+        logging.leave_to_another()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{workdir}: cannot make the run folder: {error.strerror}") from error
-    if args.mode == "train":
+    if mode == "train":
         train.train(config, workdir)
     evaluate.evaluate(workdir, config)
 

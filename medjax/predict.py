@@ -19,10 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from medjax import runtime
+from medjax import parallel, runtime
 from medjax.errors import UserError, run_program, write_atomic
+from medjax.ops import native
 
 _INPUT = re.compile(r"\.(nii|hdr)(\.gz)?$", re.IGNORECASE)  # of a .hdr/.img pair the header stands for both
 
@@ -32,10 +34,16 @@ class Predictor:
 
     Args:
       shapes: of the prepared volumes it will see; sizes up to the largest of them share one program.
+      mesh: devices that the parameters lie on; each takes `eval.windows` windows a call, or its part of them in space.
     """
 
     def __init__(
-        self, config: ConfigDict, model: Any, job: Mapping[str, Any], shapes: Sequence[Sequence[int]] = ()
+        self,
+        config: ConfigDict,
+        model: Any,
+        job: Mapping[str, Any],
+        shapes: Sequence[Sequence[int]] = (),
+        mesh: Mesh | None = None,
     ) -> None:
         from medjax.ops.windows import SlidingWindow
 
@@ -44,8 +52,11 @@ class Predictor:
         self._dense = {name: task for name, task in job.items() if task.kind != "case"}
         self._whole = {name: task for name, task in job.items() if task.kind == "case"}
 
+        parts = 1 if mesh is None else mesh.shape["space"]
+
         def apply(params: Any, x: jax.Array) -> Any:
-            outputs = model.apply({"params": params}, x, train=False)
+            with native.divisible(parts):
+                outputs = model.apply({"params": params}, x, train=False)
             dense = jnp.concatenate([x[..., :0], *(outputs[name][0] for name in self._dense)], axis=-1)
             if not self._whole:
                 return dense
@@ -64,10 +75,11 @@ class Predictor:
             pooled_out=sum(task.outputs for task in self._whole.values()),
             odd=odd,
             overlap=config.eval.overlap,
-            batch=config.eval.windows,
+            batch=config.eval.windows * (1 if mesh is None else parallel.ways(mesh)),
             mirror_axes=tuple(config.eval.mirror),
             canvas=tuple(int(n) for n in np.max(np.asarray(shapes), axis=0)) if len(shapes) else None,
             finish=lambda outputs: _probabilities(self._dense, outputs),
+            **({} if mesh is None or mesh.size == 1 else parallel.for_windows(mesh)),
         )
 
     def __call__(self, params: Any, image: np.ndarray) -> dict[str, np.ndarray]:
@@ -115,14 +127,16 @@ class Run:
         self.model = build_model(self.config, self.tasks)
         patch = (1, *self.config.data.patch, len(self.plan.modalities))
         shapes = jax.eval_shape(lambda: self.model.init(jax.random.key(0), jnp.zeros(patch), train=True)["params"])
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        # Of several processes each evaluates and predicts on its own devices.
+        self.mesh = parallel.local_mesh(self.config.get("mesh", {}).get("space", 1))
+        here = parallel.replicated(self.mesh)
         like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
         self.params = checkpoints.restore_parameters(kind, self.step, like)
         checkpoints.close()
 
     def predictor(self, shapes: Sequence[Sequence[int]] = ()) -> Predictor:
         """A `Predictor` of this run's network."""
-        return Predictor(self.config, self.model, self.tasks, shapes)
+        return Predictor(self.config, self.model, self.tasks, shapes, self.mesh)
 
 
 def read_case(case: Any, plan: Any) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ from medjax.augment import policy
 from medjax.errors import UserError
 from medjax.job import Job, steps_of
 from medjax.losses import weighting
+from medjax.ops import native
 
 _DROPOUT, _TWIN = 1, 2  # streams of the run's key: of dropout, of the second network's first parameters
 
@@ -86,20 +87,43 @@ def make_semi(config: ConfigDict, job: Job) -> semi_lib.Semi | None:
     return semi_lib.Semi(config, job.tasks, rampup, [tuple(case.targets) for case in train])
 
 
-def abstract_state(config: ConfigDict, job: Job, sharding: Any) -> State:
-    """The state's shapes and types, laid out by `sharding`."""
+def abstract_state(config: ConfigDict, job: Job, mesh: Mesh) -> State:
+    """The state's shapes and types, and where `config.mesh_rules` lay it on the mesh."""
     shapes = jax.eval_shape(make_state(config, job)[2])
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
+    laid = parallel.state_shardings(shapes, shapes.params, config.mesh_rules, mesh)
+    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, laid)
+
+
+def shardings(abstract: State) -> State:
+    """Where the arrays of an abstract state lie."""
+    return jax.tree.map(lambda s: s.sharding, abstract)
+
+
+def ruled(config: ConfigDict) -> bool:
+    """Whether `config.mesh_rules` may split a parameter over another axis than fsdp."""
+    return any(place not in ("fsdp", "replicate") for _, place in config.mesh_rules)
 
 
 def make_train_step(
     config: ConfigDict, job: Job, tx: Any, mesh: Mesh
 ) -> Callable[[State, dict[str, Any]], tuple[State, dict[str, Any]]]:
-    """The jitted step: augment, forward, masked losses, gradients over `optim.accumulate` rounds, update."""
+    """The jitted step: augment, forward, masked losses, gradients over `optim.accumulate` rounds, update.
+
+    An update whose loss or gradient is not finite is not made; the sums then have 'skipped' True.
+    """
+    parallel.check_mode(config.parallel, mesh)
+    # One program for all devices that the compiler divides, or one a device that sums over the others where it must.
+    mapped = config.parallel == "pmap"
     rounds = config.optim.accumulate
     augment = policy.build(config.augment, tuple(job.tasks), config.seed)
-    rows = PartitionSpec("data")
-    augment = jax.shard_map(augment, mesh=mesh, in_specs=rows, out_specs=rows)
+    if not mapped:
+        augment = jax.shard_map(augment, mesh=mesh, in_specs=parallel.ROWS, out_specs=parallel.ROWS)
+
+    def over_devices(tree: Any) -> Any:
+        return jax.lax.psum(tree, parallel.AXES) if mapped else tree
+
+    def laid(batch: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(batch) if mapped else parallel.spread(batch, mesh)
 
     balanced = by_uncertainty(config, job)
     rate = optim.schedule(config.optim, job.total, steps_of(config, "optim.warmup", len(job.splits["train"])))
@@ -108,7 +132,8 @@ def make_train_step(
     decay = semi_lib.average_decay(config)
 
     def forward(params: Any, image: Any, key: Any, train: bool = True) -> Any:
-        return job.model.apply({"params": params}, image, train=train, rngs={"dropout": key})
+        with native.divisible(mesh.shape["space"]):
+            return job.model.apply({"params": params}, image, train=train, rngs={"dropout": key})
 
     def supervised(outputs: Any, batch: dict[str, Any], share: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         total, sums = 0.0, {}
@@ -144,24 +169,33 @@ def make_train_step(
         return total, {"loss": total, **parts}
 
     def step(state: State, batch: dict[str, Any]) -> tuple[State, dict[str, Any]]:
-        batch = augment(batch)
+        batch = laid(augment(batch))
         key = jax.random.key(config.seed)
         for task in job.tasks.values():
             batch = task.prepare(key, batch)
         # Each task's losses are averaged over the examples of the whole batch that have its label.
         counts = {name: jnp.sum(batch[f"{name}/mask"]) for name in job.tasks}
         if semi:
-            batch = jax.shard_map(semi.views, mesh=mesh, in_specs=rows, out_specs=rows)(batch)
+            views = semi.views
+            if not mapped:
+                views = jax.shard_map(views, mesh=mesh, in_specs=parallel.ROWS, out_specs=parallel.ROWS)
+            batch = laid(views(batch))
             counts |= {name: jnp.sum(batch[name]) for name in semi.masks}
+        counts = over_devices(counts)
         share = {name: jnp.where(count > 0, 1.0 / jnp.maximum(count, 1), 0.0) for name, count in counts.items()}
         # Only a teacher that is an average is not the student itself.
         teacher = state.average if config.semi.method == "mean_teacher" else None
+        if not mapped:
+            teacher = parallel.whole(teacher, mesh)
 
         def gradient(trained: Any, batch: dict[str, Any], key: Any) -> Any:
             return jax.grad(loss, has_aux=True)(trained, teacher, batch, share, key, state.step)
 
         drop = jax.random.fold_in(jax.random.fold_in(key, _DROPOUT), state.step)
-        trained = (state.params, state.balance[0] if balanced else None, state.twin[0] if state.twin else None)
+        if mapped and mesh.size > 1:
+            drop = jax.random.fold_in(drop, jax.lax.axis_index(parallel.AXES))
+        held = (state.params, state.balance[0] if balanced else None, state.twin[0] if state.twin else None)
+        trained = held if mapped else parallel.whole(held, mesh)
         if rounds == 1:
             (grads, steepness, second), sums = gradient(trained, batch, drop)
         else:
@@ -170,12 +204,13 @@ def make_train_step(
 
             def add(carry: Any, part: tuple[Any, dict[str, Any]]) -> tuple[Any, None]:
                 number, rows = part
-                found = gradient(trained, rows, jax.random.fold_in(drop, number))
+                found = gradient(trained, laid(rows), jax.random.fold_in(drop, number))
                 return jax.tree.map(jnp.add, carry, found), None
 
             one = jax.tree.map(lambda v: v[0], split)
             zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, trained, one, drop))
             ((grads, steepness, second), sums), _ = jax.lax.scan(add, zero, (jnp.arange(rounds), split))
+        (grads, steepness, second), sums = over_devices(((grads, steepness, second), sums))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p + u, state.params, updates)
         average = state.average
@@ -193,12 +228,23 @@ def make_train_step(
         if semi:
             sums["semi/ramp"] = semi.ramp(state.step)
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
-        return State(state.step + 1, params, opt_state, average, balance, twin), {**sums, "grad_norm": norm}
+        finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
+        made = State(state.step, params, opt_state, average, balance, twin)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), made, state)
+        return kept.replace(step=state.step + 1), {**sums, "grad_norm": norm, "skipped": ~finite}
 
     everywhere = parallel.replicated(mesh)
+    if mapped:
+        # What jax.pmap is made of since JAX 0.8, over arrays that several processes share.
+        step = jax.shard_map(
+            step, mesh=mesh, in_specs=(PartitionSpec(), parallel.ROWS), out_specs=PartitionSpec(), check_vma=False
+        )
+    where = (
+        everywhere if mesh.shape["fsdp"] == 1 and not ruled(config) else shardings(abstract_state(config, job, mesh))
+    )
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(everywhere, parallel.batch_sharding(mesh)),
-        out_shardings=(everywhere, everywhere),
+        in_shardings=(where, parallel.batch_sharding(mesh)),
+        out_shardings=(where, everywhere),
     )

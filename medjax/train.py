@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +16,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from medjax import config as config_lib
-from medjax import evaluate, parallel, pictures, report, runtime
+from medjax import evaluate, faults, parallel, pictures, processes, report, runtime
 from medjax.checkpoint import Checkpoints
 from medjax.data import pipeline, sampler
-from medjax.errors import UserError, write_atomic
+from medjax.errors import Resumable, UserError, write_atomic
 from medjax.job import Job, bucket_shapes, fit_tasks, open_job, prepare_sources, steps_of
 from medjax.logging import Metrics, Progress, duration, say
 from medjax.models.model import parameter_count
 from medjax.ops import native
 from medjax.ops.native.cpus import usable_cpus
-from medjax.step import State, abstract_state, make_state, make_train_step
+from medjax.step import State, abstract_state, make_state, make_train_step, shardings
 
 
 class Intervals(NamedTuple):
@@ -38,21 +37,40 @@ class Intervals(NamedTuple):
 
 
 def train(config: ConfigDict, workdir: Path) -> None:
-    """Trains `config` in `workdir`, going on from its newest checkpoint if there is one."""
+    """Trains `config` in `workdir`, going on from its newest checkpoint if there is one.
+
+    Raises `Resumable` when it was told to stop and has saved where it is.
+    """
+    sizes: dict[str, int] = {}
+    explained = faults.memory_explained(config.data.batch_size, config.data.patch, config.train.precision, sizes)
+    with faults.Preemption() as preemption, explained:
+        _train(config, workdir, preemption, sizes)
+
+
+def _train(config: ConfigDict, workdir: Path, preemption: faults.Preemption, sizes: dict[str, int]) -> None:
     began = time.perf_counter()
     mesh = parallel.make_mesh(config.mesh)
+    parallel.check_mode(config.parallel, mesh)
     parallel.check_batch(config.data.batch_size, config.optim.accumulate, mesh)
     job = open_job(config)
     sampler.check_multiple(config.data.patch, job.model.backbone.total_factor())
+    parallel.check_space(config.data.patch, job.model.backbone.total_factor(), mesh)
     every = intervals(config, len(job.splits["train"]))
     checkpoints = Checkpoints(workdir)
-    newest = checkpoints.newest("latest")
-    meta = {} if newest is None else checkpoints.meta("latest", newest)
+    abstract = abstract_state(config, job, mesh)
+
+    def read(step: int) -> tuple[dict[str, Any], Any]:
+        meta = checkpoints.meta("latest", step)
+        checkpoints.check("latest", step, abstract)
+        over = step >= job.total or meta["history"]["stopped"]
+        return meta, None if over else checkpoints.restore("latest", step, abstract)
+
+    agree = lambda whole: all(processes.gather("reading the checkpoint", whole))  # noqa: E731
+    found: tuple[int, Any] | None = checkpoints.first_whole("latest", read, agree)
+    state: Any
+    newest, meta, state = (None, {}, None) if found is None else (found[0], *found[1])
     history: dict[str, Any] = meta.get("history", {"best": None, "best_step": None, "stale": 0, "stopped": False})
     first = newest or 0
-    everywhere = parallel.replicated(mesh)
-    if newest is not None:
-        checkpoints.check("latest", newest, abstract_state(config, job, everywhere))
     if first >= job.total or history["stopped"]:
         say(f"{workdir}: already trained to step {first}{' (stopped early)' if history['stopped'] else ''}")
         checkpoints.close()
@@ -62,30 +80,32 @@ def train(config: ConfigDict, workdir: Path) -> None:
     sources = prepare_sources(config, job)
     job = fit_tasks(config, job, sources["train"])
     tx, rate, create = make_state(config, job)
-    abstract = abstract_state(config, job, everywhere)
+    abstract = abstract_state(config, job, mesh)
     if newest is not None:
         for line in config_lib.difference(meta["config"], json.loads(config_lib.to_json(config))):
             say(f"the checkpoint was written with another configuration: {line}")
         if meta["plan"] != job.plan.to_json():
             say("the training cases are not those of the checkpoint: the preprocessing learnt from them differs")
     shapes = bucket_shapes(config, job, [case.image.shape[:3] for case in sources["train"].cases])
+    examples = pipeline.make_sampler(
+        config.seed,
+        sources["train"],
+        job.splits["train"],
+        foreground=config.data.foreground,
+        sampling=config.data.sampling,
+        labels=job.cohort.labels,
+        buckets=shapes,
+        batch_size=config.data.batch_size,
+    )
+    share, shares = parallel.row_share(mesh)
     feed = pipeline.train_batches(
         sources["train"],
-        pipeline.make_sampler(
-            config.seed,
-            sources["train"],
-            job.splits["train"],
-            foreground=config.data.foreground,
-            sampling=config.data.sampling,
-            labels=job.cohort.labels,
-            buckets=shapes,
-            batch_size=config.data.batch_size,
-        ),
+        examples,
         patch=shapes or tuple(config.data.patch),
         batch_size=config.data.batch_size,
         first_step=first,
-        process=jax.process_index(),
-        processes=jax.process_count(),
+        process=share,
+        processes=shares,
         workers=usable_cpus(),
     )
     batches = parallel.prefetch(feed, mesh)
@@ -93,66 +113,107 @@ def train(config: ConfigDict, workdir: Path) -> None:
     step = make_train_step(config, job, tx, mesh)
     compiled = report.compile_step(step, abstract, batch)
     calls = {batch["image"].shape: compiled.call}
+    sizes |= {"arguments": compiled.arguments, "temporaries": compiled.temporaries, "outputs": compiled.outputs}
     if newest is None:
-        state = jax.jit(create, out_shardings=everywhere)()
-    else:
-        state = checkpoints.restore("latest", newest, abstract)
-    write_atomic(workdir / "config.json", config_lib.to_json(config) + "\n")
+        state = jax.jit(create, out_shardings=shardings(abstract))()
+    if processes.primary():
+        write_atomic(workdir / "config.json", config_lib.to_json(config) + "\n")
     say_report(config, mesh, job, abstract, compiled, first)
     report.write_cost(workdir / "cost.json", compiled, parameter_count(abstract.params), mesh.devices.size, job.total)
     metrics = Metrics(workdir, first, config)
     validation = Validation(config, job, sources["val"], mesh) if "val" in sources else None
 
-    def save(kind: str, number: int) -> None:
+    def case_ids(number: int) -> list[str]:
+        rows = range((number - 1) * config.data.batch_size, number * config.data.batch_size)
+        return [job.splits["train"][examples.draw(row)[0]].id for row in rows]
+
+    nonfinite = faults.Nonfinite(config.train.nan_limit, workdir, case_ids, history.get("skipped", 0))
+    watchdog = faults.Watchdog(config.train.stall_seconds, workdir)
+
+    def save(kind: str, number: int, **more: Any) -> None:
         about = {"step": number, "config": json.loads(config_lib.to_json(config)), "plan": job.plan.to_json()}
-        checkpoints.save(kind, number, state, {**about, "labels": dict(job.cohort.labels), "history": dict(history)})
+        past = history | ({"skipped": nonfinite.total} if nonfinite.total else {})
+        about |= {"labels": dict(job.cohort.labels), "history": past, **more}
+        checkpoints.save(kind, number, state, about)
+
+    def evaluate_now(number: int) -> None:
+        """Scores the state, keeps the best; `Preempted` if there is no time left for it."""
+        assert validation is not None
+        scores = validation(state.eval_params, preemption.reached, watchdog)
+        metrics.write(number, {f"val/{k}": v for k, v in scores.items()})
+        if history["best"] is None or scores["score"] > history["best"]:
+            history.update({"best": scores["score"], "best_step": number, "stale": 0})
+            save("best", number)
+        else:
+            history["stale"] += 1
+        history["stopped"] = 0 < config.train.patience <= history["stale"]
+
+    def stop(number: int) -> NoReturn:
+        """Told to stop: what has been saved is complete before the process ends."""
+        checkpoints.close()
+        metrics.close()
+        raise Resumable(
+            f"told to stop: step {number} of {job.total} is saved in {workdir / 'checkpoints'}; the same command goes "
+            "on from there"
+        )
 
     # The loop.
+    preemption.graceful = True
+    if meta.get("unevaluated"):  # there was no time to, when this step was saved
+        try:
+            evaluate_now(first)
+        except faults.Preempted:
+            stop(first)
     progress, clock, text = Progress("step", job.total), Clock(), ""
     for number in range(first + 1, job.total + 1):
+        if history["stopped"]:
+            save("latest", number - 1)
+            break
         if batch["image"].shape not in calls:  # the first of its bucket
-            calls[batch["image"].shape] = report.compile_step(step, abstract, batch).call
+            with watchdog.unwatched():
+                calls[batch["image"].shape] = report.compile_step(step, abstract, batch).call
         state, sums = calls[batch["image"].shape](state, batch)
         last = number == job.total
         if not last:
+            watchdog.doing(f"the data of step {number + 1}")
             with clock.waiting():
                 batch = next(batches)
+        watchdog.doing(f"step {number}")
         # One step in flight at most: the host must not run ahead of the device.
         jax.block_until_ready(sums)
+        nonfinite.step(number, bool(sums.pop("skipped")), sums)
         clock.steps += 1
         if number % every.log == 0 or last:
             values = {k: float(v) for k, v in jax.device_get(sums).items()}
             steps, seconds, waited = clock.lap()
             speed = {"patches_per_s": steps * config.data.batch_size / seconds, "waiting": waited / seconds}
             values |= {"lr": float(rate(number - 1)), **speed}
+            values |= {"skipped": nonfinite.total} if nonfinite.total else {}
             metrics.write(number, {f"train/{k}": v for k, v in values.items()})
-            if not math.isfinite(values["loss"]):
-                raise UserError(
-                    f"training: the loss is not finite at step {number}; lower optim.lr, or train in float32 "
-                    f"(train.precision). The newest checkpoint in {workdir / 'checkpoints'} is from before."
-                )
             text = f"loss {values['loss']:.4f}  {speed['patches_per_s']:.2f} patches/s  waiting {speed['waiting']:.1%}"
         best = "" if history["best"] is None else f"  best val score {history['best']:.4f}"
         progress.update(number, text + best)
         if validation and (number % every.evaluate == 0 or last):
-            scores = validation(state.eval_params)
-            metrics.write(number, {f"val/{k}": v for k, v in scores.items()})
-            if history["best"] is None or scores["score"] > history["best"]:
-                history |= {"best": scores["score"], "best_step": number, "stale": 0}
-                save("best", number)
-            else:
-                history["stale"] += 1
-            history["stopped"] = 0 < config.train.patience <= history["stale"]
+            try:
+                evaluate_now(number)
+            except faults.Preempted:
+                save("latest", number, unevaluated=True)
+                stop(number)
             clock.lap()
-        if number % every.checkpoint == 0 or last or history["stopped"]:
+        told = preemption.reached()
+        if number % every.checkpoint == 0 or last or history["stopped"] or told:
             save("latest", number)
+        if told and not last:
+            stop(number)
         if history["stopped"]:
             break
+    watchdog.close()
     progress.close()
     batches.close()
     checkpoints.close()
     metrics.close()
-    draw_curves(workdir)
+    if processes.primary():
+        draw_curves(workdir)
     early = " (stopped early)" if history["stopped"] else ""
     best = "" if history["best"] is None else f", best validation score {history['best']:.4f} at {history['best_step']}"
     say(f"trained to step {int(state.step)}{early} in {duration(time.perf_counter() - began)}{best}")
@@ -176,14 +237,18 @@ class Validation:
         self._batches = {"patch": tuple(config.data.patch), "batch_size": config.data.batch_size}
         self._cases = source.cases[: config.train.eval_cases or None]
         shapes = [case.image.shape[:3] for case in self._cases]
-        self._predictor = evaluate.Predictor(config, job.model, job.tasks, shapes)
+        # Of several processes each scores a part of the cases, on its own devices.
+        self._group, self._share = parallel.group_mesh(mesh), parallel.row_share(mesh)
+        self._predictor = evaluate.Predictor(config, job.model, job.tasks, shapes, self._group)
 
         def losses(params: Any, batch: dict[str, Any]) -> dict[str, Any]:
+            params, batch = parallel.whole(params, mesh), parallel.spread(batch, mesh)
             key = jax.random.key(config.seed)
             for task in job.tasks.values():
                 batch = task.prepare(key, batch)
             # As in training, deep supervision included; what is random is the same every time.
-            outputs: Any = job.model.apply({"params": params}, batch["image"], train=True, rngs={"dropout": key})
+            with native.divisible(mesh.shape["space"]):
+                outputs: Any = job.model.apply({"params": params}, batch["image"], train=True, rngs={"dropout": key})
             sums = {}
             for name, task in job.tasks.items():
                 mask = batch[f"{name}/mask"]
@@ -192,14 +257,26 @@ class Validation:
 
         self._losses = jax.jit(losses)
 
-    def __call__(self, params: Any) -> dict[str, float]:
+    def __call__(self, params: Any, stop: Callable[[], bool], watchdog: faults.Watchdog) -> dict[str, float]:
+        """Scores of the parameters; `stop` and the watchdog hear of each case."""
+        index, shares = self._share
         totals = {name: np.zeros(2) for name in self._tasks}
-        for batch in pipeline.center_batches(self._source, **self._batches):
+        for batch in pipeline.center_batches(self._source, **self._batches, process=index, processes=shares):
+            watchdog.doing("validation")
             sums = jax.device_get(self._losses(params, parallel.put_batch(batch, self._mesh)))
             for name, pair in sums.items():
                 totals[name] += np.asarray(pair)
         loss = sum(task.weight * totals[name][0] / max(totals[name][1], 1) for name, task in self._tasks.items())
-        return {"loss": float(loss)} | evaluate.quick_scores(self._predictor, params, self._cases)
+        params = parallel.onto(params, self._mesh, self._group)
+
+        def asked() -> bool:
+            watchdog.doing("validation")
+            return stop()
+
+        leads = parallel.leads_share(self._mesh)
+        return {"loss": float(loss)} | evaluate.quick_scores(
+            self._predictor, params, self._cases, self._share, asked, leads
+        )
 
 
 class Clock:

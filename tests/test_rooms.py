@@ -14,7 +14,8 @@ PACKAGE = REPO / "medjax"
 
 # Ground floor first: a room may import rooms of lower floors only (and its own). See docs/design.md, "Rooms".
 FLOORS = {
-    "": 0, "errors": 0, "config": 1, "runtime": 1, "ops": 1, "report": 2, "parallel": 2, "checkpoint": 2, "logging": 2,
+    "": 0, "errors": 0, "config": 1, "runtime": 1, "processes": 1, "ops": 1, "report": 2, "faults": 2, "parallel": 2,
+    "checkpoint": 2, "logging": 2,
     "optim": 2, "pictures": 2, "data": 2, "augment": 2, "models": 2, "losses": 2, "metrics": 2, "tasks": 3,
     "convert": 3, "semi": 4, "predict": 4, "evaluate": 5, "job": 6, "step": 7, "train": 8, "main": 9, "plan": 9,
     "compare": 3, "select": 9,
@@ -29,6 +30,8 @@ ONLY = {
     "data": {"ops", "config", "logging", "pictures"},
     "tasks": {"models", "losses", "metrics"},
     "config": set(),
+    "processes": {"config"},
+    "faults": {"processes"},
     "optim": set(),
     "parallel": set(),
     "checkpoint": set(),

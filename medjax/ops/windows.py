@@ -100,6 +100,8 @@ class SlidingWindow:
         pad_value: What a volume smaller than the patch is padded with, evenly on both sides. 0 is right for
             images normalised with zero for background, or to mean zero; else give the value of air.
         sigma_scale: Of the Gaussian, see `gaussian`.
+        lay, collect: Of several devices: lays the windows `[B, *patch, C]` of a call over them, and brings the results
+            (an array, a tree of arrays) to each of them.
 
     Attributes:
         compiles: Programs compiled so far.
@@ -123,6 +125,8 @@ class SlidingWindow:
         bucket: int = 32,
         pad_value: float = 0.0,
         sigma_scale: float = 0.125,
+        lay: Callable[[jax.Array], jax.Array] = lambda windows: windows,
+        collect: Callable[[Any], Any] = lambda results: results,
     ):
         if len(patch) != 3 or min(patch) < 1 or batch < 1 or bucket < 1:
             raise UserError(f"sliding window: patch {tuple(patch)}, batch {batch} and bucket {bucket} must be positive")
@@ -150,6 +154,7 @@ class SlidingWindow:
         self._finish = finish
         self._bucket = bucket
         self._pad_value = pad_value
+        self._lay, self._collect = lay, collect
         self._profiles = [_profile(size, sigma_scale) for size in self.patch]
         flips = itertools.product(*((False, True) if axis in set(mirror_axes) else (False,) for axis in range(3)))
         self._flips = np.array(list(flips))
@@ -224,7 +229,7 @@ class SlidingWindow:
                     for b in range(self._batch)
                 ]
             )
-            dense, whole = self._predict(variables, batch)
+            dense, whole = self._predict(variables, self._lay(batch))
             pooled = pooled + real.astype(jnp.float32) @ whole
             if not count:
                 return result, pooled
@@ -243,7 +248,7 @@ class SlidingWindow:
         first = (empty, jnp.zeros((self.pooled_out,), jnp.float32))
         result, pooled = lax.fori_loop(0, (windows + self._batch - 1) // self._batch, step, first)
         result = result.reshape(*canvas.shape[:3], count)
-        return result if self._finish is None else self._finish(result), pooled / windows
+        return self._collect((result if self._finish is None else self._finish(result), pooled / windows))
 
     def _predict(self, variables: Any, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Network output averaged over mirrors, float32 [B, *patch, K] and [B, P]."""

@@ -159,7 +159,6 @@ class Meter:
 
         import jax
         import numpy as np
-        from jax.sharding import Mesh
 
         from medjax import parallel, report, tasks
         from medjax import step as step_lib
@@ -170,12 +169,9 @@ class Meter:
             self._apply(config, net, batch)
         built = tasks.build(config.tasks, self._job.cohort.labels)
         job = dataclasses.replace(self._job, tasks=built, model=build_model(config, built))
-        mesh = Mesh(np.array([self._device]), ("data",))  # a plan is for one device, whatever else there is
-        tx, _, create = step_lib.make_state(config, job)
-        everywhere = parallel.replicated(mesh)
-        state = jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere), jax.eval_shape(create)
-        )
+        mesh = parallel.mesh_of(np.array([[[self._device]]]))  # a plan is for one device, whatever else there is
+        tx, _, _ = step_lib.make_state(config, job)
+        state = step_lib.abstract_state(config, job, mesh)
         rows = {}
         for key, value in self._row.items():
             shape = (*net.patch, *value.shape[3:]) if value.shape[:3] == _PROBE else value.shape

@@ -61,6 +61,15 @@ def disabled() -> Iterator[None]:
         _local.disabled = before
 
 
+def divisible(parts: int) -> contextlib.AbstractContextManager[None]:
+    """For programs in which volumes lie over several devices (`parts` of them).
+
+    The compiler cannot cut a native call along a spatial axis and would gather the volume; XLA's operations it cuts,
+    and exchanges the halos.
+    """
+    return disabled() if parts > 1 else contextlib.nullcontext()
+
+
 class _Library:
     """The loaded library."""
 

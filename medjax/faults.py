@@ -1,0 +1,198 @@
+"""What may go wrong while a run goes on: the machine is taken away, a step stalls, numbers blow up, memory runs out.
+
+A run that can go on later ends with exit code 75 (`errors.Resumable`); one that needs a person's decision with 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from medjax import processes
+from medjax.errors import RESUMABLE, UserError, write_atomic
+
+_DUMPS = 3  # of the stacks of a stalled process before it is given up
+
+
+class Preempted(Exception):
+    """Raised where long work is left unfinished because `Preemption.reached` said so."""
+
+
+class Preemption:
+    """Notices SIGTERM, by which schedulers and clouds announce that they take the machine away.
+
+    As a context: until `graceful` is set there is nothing to save, and the process ends at once with exit code 75.
+    After that, `reached` becomes True at the next call. Of several processes any may get the signal: JAX's preemption
+    service (which Orbax uses as well) finds a call that all have yet to come to, and there it becomes True for all.
+    """
+
+    def __init__(self) -> None:
+        self.graceful = False
+        self._asked = threading.Event()
+        self._calls = 0
+        self._before: Any = None
+
+    def __enter__(self) -> Preemption:
+        # Of several processes JAX's own handler is in force.
+        if processes.count() == 1 and threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self._asked.set()
+        if not self.graceful:
+            # Written past Python's buffers: the signal may have come while one was being written to.
+            os.write(2, b"\nmedjax: told to stop (SIGTERM); the same command begins where this one was\n")
+            os._exit(RESUMABLE)
+
+    def reached(self) -> bool:
+        """Whether to save and stop here. Every process calls it equally often."""
+        if processes.count() == 1:
+            return self._asked.is_set()
+        from jax.experimental import multihost_utils
+
+        self._calls += 1
+        return bool(multihost_utils.reached_preemption_sync_point(self._calls))
+
+
+class Watchdog:
+    """Says when a step or the data source stalls: all threads' stacks, at the terminal and in `<folder>/stalled.txt`.
+
+    After the third time in a row the process ends with exit code 75, for a scheduler to start it again.
+
+    Args:
+      seconds: without a sign of life; 0: no watch is kept.
+    """
+
+    def __init__(self, seconds: float, folder: Path, end: Callable[[int], Any] = os._exit) -> None:
+        self._seconds, self._end = seconds, end
+        self._file = folder / ("stalled.txt" if processes.count() == 1 else f"stalled-{processes.index()}.txt")
+        self._doing, self._since, self._said = "the first step", time.monotonic(), 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="medjax-watchdog", daemon=True)
+        if seconds > 0:
+            self._thread.start()
+
+    def doing(self, what: str) -> None:
+        """A sign of life: what is waited for from now on."""
+        self._doing, self._since, self._said = what, time.monotonic(), 0
+
+    @contextlib.contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """While something runs that may take any time, such as a compilation."""
+        before, self._since = self._doing, float("inf")
+        try:
+            yield
+        finally:
+            self.doing(before)
+
+    def close(self) -> None:
+        self._over.set()
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(1.0, self._seconds / 4)):
+            stalled = time.monotonic() - self._since
+            if stalled < self._seconds * (self._said + 1):
+                continue
+            self._said += 1
+            self._dump(stalled)
+            if self._said == _DUMPS:
+                print(
+                    f"medjax: given up after {stalled:.0f} s; the same command goes on from the newest checkpoint",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                self._end(RESUMABLE)
+
+    def _dump(self, stalled: float) -> None:
+        line = (
+            f"\nmedjax: stalled: waiting for {self._doing} for {stalled:.0f} s (train.stall_seconds); all stacks follow"
+        )
+        print(f"{line} and are in {self._file}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+        try:
+            with self._file.open("a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}{line}\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError:
+            pass  # the terminal has them
+
+
+class Nonfinite:
+    """Counts updates that were skipped because the loss or a gradient was not finite.
+
+    Args:
+      limit: so many in a row end the run; 0: never. cases: step -> case ids of its batch. total: skipped before.
+    """
+
+    def __init__(self, limit: int, folder: Path, cases: Callable[[int], Sequence[str]], total: int = 0) -> None:
+        self._limit, self._file, self._cases, self.total = limit, folder / "nonfinite.json", cases, total
+        self._steps: list[int] = []
+
+    def step(self, number: int, skipped: bool, values: Mapping[str, Any]) -> None:
+        """Notes a step; raises UserError after `limit` skipped ones in a row."""
+        if not skipped:
+            self._steps.clear()
+            return
+        self.total += 1
+        self._steps.append(number)
+        if not self._limit or len(self._steps) < self._limit:
+            return
+        rows = [{"step": step, "cases": list(self._cases(step))} for step in self._steps]
+        text = {k: str(float(v)) for k, v in values.items()}
+        if processes.primary():
+            write_atomic(self._file, json.dumps({"batches": rows, "last": text}, indent=2) + "\n")
+        raise UserError(
+            f"training: the loss or a gradient is not finite in {len(self._steps)} step(s) in a row, up to step "
+            f"{number}; no such update was made. The cases of these batches are in {self._file}: look at them, lower "
+            "optim.lr, or train in float32 (train.precision)."
+        )
+
+
+_NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory|OOM|failed to allocate")
+
+
+@contextlib.contextmanager
+def memory_explained(
+    batch_size: int, patch: Sequence[int], precision: str, sizes: Mapping[str, float]
+) -> Iterator[None]:
+    """Turns the error of a full device memory inside into a UserError with the compiler's table and what helps.
+
+    Args:
+      sizes: part -> bytes of one device, as far as the compiler has said them by then.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _NO_MEMORY.search(str(error)):
+            raise
+        lines = [f"out of memory: {str(error).strip().splitlines()[0][:300]}"]
+        if sizes:
+            lines.append("One device needs, as the compiler says:")
+            lines += [f"  {name:12} {size / 2**30:9.3f} GiB" for name, size in sizes.items()]
+            lines.append(f"  {'in all':12} {sum(sizes.values()) / 2**30:9.3f} GiB")
+        halved = tuple(max(1, n // 2) for n in patch)
+        lines += [
+            "What helps, the gentlest first:",
+            f"  --config.optim.accumulate=N   cuts the batch of {batch_size} into rounds; the result stays the same",
+            f"  --config.data.patch='{halved}'   half of {tuple(patch)} along each axis takes an eighth",
+            "  --config.mesh.space=N (or mesh.fsdp=N)   spreads volumes (or parameters) over several devices"
+            if precision == "bfloat16"
+            else "  --config.train.precision=bfloat16   halves the activations; parameters stay float32",
+        ]
+        raise UserError("\n".join(lines)) from error
