@@ -81,7 +81,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         with (
             mock.patch.object(report, "compile_step", compiled),
-            mock.patch.object(train.Validation, "__call__", lambda *a: {"score": 0.0}),
+            mock.patch.object(train.Validation, "__call__", return_value={"score": 0.0}),
         ):
             train.train(config, Path(folder) / "run")
         # The first periods hold the start of the feed.

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import re
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,7 @@ class Checkpoints:
             read_only=read_only,
             cleanup_tmp_directories=not read_only,  # what a killed save left
             enable_async_checkpointing=True,
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=lambda: _write_sums(self._folder / kind)),
         )
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
         return ocp.CheckpointManager(self._folder / kind, options=options, item_handlers=handlers)
@@ -115,10 +118,19 @@ class Checkpoints:
                 shutil.rmtree(folder, ignore_errors=True)
             time.sleep(0.05)
 
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        """Closes; after an error what is being written is still brought to its end, and the error is what is told."""
+        with contextlib.suppress(*([Exception] if kind else [])):
+            self.close()
+
     def close(self) -> None:
         self.wait()
         for manager in self._managers.values():
             manager.close()
+        self._managers = {}
 
     def steps(self, kind: str) -> list[int]:
         """Steps of the complete checkpoints of that kind, the newest first."""
@@ -191,6 +203,16 @@ class Checkpoints:
         self.check(kind, step, like)
         return self._read(kind, step, like)
 
+    def verify(self, kind: str, step: int) -> None:
+        """Raises `Damaged` unless the files are what was written; for one process of several to do."""
+        folder = self._folder / kind / str(step)
+        with self._reading(kind, step):
+            if not (folder / _SUMS).exists():  # of an earlier version
+                return
+            for name, (size, crc) in json.loads((folder / _SUMS).read_text()).items():
+                if _sum_of(folder / name) != (size, crc):
+                    raise ValueError(f"{name} is not what was written")
+
     def check(self, kind: str, step: int, like: Any) -> None:
         """Raises UserError naming what differs unless the checkpoint holds arrays of the shapes of `like`."""
         self._check(kind, step, self._stored(kind, step), like)
@@ -231,6 +253,27 @@ class Checkpoints:
                 + more
                 + "\nUse the configuration it was trained with, or another --workdir."
             )
+
+
+_SUMS = "meta/sums.json"
+
+
+def _write_sums(folder: Path) -> None:
+    """Size and CRC of each file of the checkpoint that has just been written, before it is renamed into its place."""
+    if jax.process_index() != 0:
+        return
+    beside = max(folder.glob("*.orbax-checkpoint-tmp*"), key=lambda f: f.stat().st_mtime)
+    files = sorted(f for f in beside.rglob("*") if f.is_file() and f.parent != beside)
+    sums = {str(file.relative_to(beside)): _sum_of(file) for file in files}
+    (beside / _SUMS).write_text(json.dumps(sums))
+
+
+def _sum_of(path: Path) -> tuple[int, int]:
+    size = crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return size, crc
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:

@@ -100,7 +100,10 @@ class Watchdog:
         finally:
             self.doing(before)
 
-    def close(self) -> None:
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._over.set()
 
     def _watch(self) -> None:

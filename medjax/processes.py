@@ -7,6 +7,7 @@ a scheduler starts them all again. Importing this file does not import JAX.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import json
@@ -21,11 +22,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from medjax.errors import RESUMABLE, UserError
+from medjax.errors import RESUMABLE, Resumable, UserError
 
 START_SECONDS = 300  # that processes wait for each other to start
 _BEAT_SECONDS = 2.0
 _SILENT_SECONDS = 30.0  # without a beat a process counts as gone
+_LEAVE_SECONDS = 20.0  # for writers at work to end, once a process is to
 _FAREWELL_SECONDS = 3.0  # process 0 keeps the service so long for the others to read why it ends
 
 
@@ -109,10 +111,13 @@ def _first_host(nodes: str) -> str:
     return match[1] + (match[2] or "")
 
 
-def on_tpu_pod(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether this is one of several hosts of TPUs, which JAX itself finds."""
-    hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES") or ""
-    return "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in env or env.get("MEDJAX_CLUSTER") == "tpu"
+def on_tpus(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether this is a host of TPUs, which JAX itself finds the others of."""
+    from importlib import util
+
+    told = "TPU_PROCESS_ADDRESSES" in env or "TPU_WORKER_HOSTNAMES" in env or "MEGASCALE_COORDINATOR_ADDRESS" in env
+    chips = any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+    return (told or chips) and util.find_spec("libtpu") is not None
 
 
 def start(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
@@ -122,7 +127,7 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
       UserError: the flags do not fit together, or some process did not come.
     """
     place = find_place(coordinator, processes, process)
-    if place is None and not on_tpu_pod():
+    if place is None and not on_tpus():
         return
     import jax
 
@@ -238,21 +243,22 @@ class _Run:
             except Exception:
                 failing = failing or time.monotonic()
                 if time.monotonic() - failing > _SILENT_SECONDS and not self._over.is_set():
-                    self._end(f"{self.name(0)}, which keeps the run together, no longer answers")
+                    self.end(f"{self.name(0)}, which keeps the run together, no longer answers")
                 continue
             now = time.monotonic()
             for process in range(self.count):
                 value = beats.get(process, "")
                 if value.startswith("ended"):
-                    if value != "ended well" and process != self.index and not self._over.is_set():
-                        self._end(f"{self.name(process)} {value}")
+                    _, code, words = value.split(" ", 2)
+                    if int(code) and process != self.index and not self._over.is_set():
+                        self.end(f"{self.name(process)} ended: {words}", int(code))
                 elif self._heard.get(process, ("?", 0.0))[0] != value:
                     self._heard[process] = value, now
             for process, (_, when) in self._heard.items():
                 if beats.get(process, "").startswith("ended") or process == self.index:
                     continue
                 if now - when > _SILENT_SECONDS and not self._over.is_set():
-                    self._end(f"{self.name(process)} is gone: no sign of life for {now - when:.0f} s")
+                    self.end(f"{self.name(process)} is gone: no sign of life for {now - when:.0f} s")
 
     def lost(self, seconds: float) -> list[str]:
         """Names of the processes that show no new sign of life within `seconds`; for a step that failed."""
@@ -270,27 +276,25 @@ class _Run:
             text = str(status)
             task = re.search(r"/task:(\d+)", text)
             who = int(task[1]) if task and int(task[1]) != self.index else 0
-            self._end(f"{self.name(who)} is gone")
+            self.end(f"{self.name(who)} is gone")
 
-    def _end(self, why: str) -> NoReturn:
+    def end(self, why: str, code: int = RESUMABLE) -> NoReturn:
+        """Ends this process at once, whatever it is at."""
         self._over.set()
-        print(
-            f"\nmedjax: process {self.index} of {self.count} ends: {why}. Start all processes again with the same "
-            "command: the run goes on from its newest checkpoint.",
-            file=sys.stderr,
-            flush=True,
-        )
+        cure = "Start all processes again with the same command: the run goes on from its newest checkpoint."
+        line = f"\nmedjax: process {self.index} of {self.count} ends: {why.rstrip('.')}."
+        print(line, *([cure] if code == RESUMABLE else []), file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(RESUMABLE)
+        os._exit(code)
 
-    def say_end(self, words: str) -> None:
-        """Tells the others why this process ends."""
+    def say_end(self, code: int, words: str = "") -> None:
+        """Tells the others that this process ends: with them (code 0), or by itself and why."""
         if self.count == 1 or self._over.is_set():
             return
         self._over.set()
         with contextlib.suppress(Exception):  # the service may be what has ended
-            self._put(f"beat/{self.index}", f"ended: {words}" if words else "ended well")
-            if words and self.index == 0:
+            self._put(f"beat/{self.index}", f"ended {code} {words}")
+            if code and self.index == 0:
                 time.sleep(_FAREWELL_SECONDS)
 
     def barrier(self, name: str, seconds: float) -> None:
@@ -391,32 +395,38 @@ def program(function: Callable[[], None]) -> Callable[[], None]:
     """`function` as one of several processes: how it ends is told to the others, and all end together."""
 
     def run() -> None:
-        words = "ended by an error"
+        code, words = 1, "by an error"
         try:
             function()
-            if count() > 1:
-                barrier("end", 3600)
-            words = ""
+            barrier("end", 3600)
+            code = 0
+        except Resumable:  # all of them do
+            code = 0
+            raise
         except UserError as error:
-            words = str(error)
+            code, words = 2, str(error)
             raise
         except SystemExit as error:
-            words = "" if error.code in (0, None) else f"exit code {error.code}"
+            code, words = int(error.code or 0), "by its own exit"
             raise
-        except BaseException as error:
+        except Exception as error:
             words = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            gone = missing() if isinstance(error, Exception) else []
-            if gone:
-                _run.say_end(words)
-                print(
-                    f"\nmedjax: process {index()} of {count()} ends: {', '.join(gone)} no longer answers ({words}). "
-                    "Start all processes again with the same command: the run goes on from its newest checkpoint.",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                os._exit(RESUMABLE)
+            if gone := missing():  # a collective call fails where a process is lost
+                _run.end(f"{', '.join(gone)} no longer answers ({words[:200]})")
             raise
         finally:
-            _run.say_end(words)
+            _run.say_end(code, words)
+            if code and count() > 1:
+                # The others end too, but not in the order in which JAX would take its leave of them.
+                atexit.register(_leave, code)
+                timer = threading.Timer(_LEAVE_SECONDS, _leave, [code])
+                timer.daemon = True
+                timer.start()
 
     return run
+
+
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -125,7 +125,7 @@ def make_train_step(
     def laid(batch: Mapping[str, Any]) -> dict[str, Any]:
         return dict(batch) if mapped else parallel.spread(batch, mesh)
 
-    balanced = by_uncertainty(config, job)
+    balanced, cuts = by_uncertainty(config, job), rounds * (mesh.size if mapped else 1)
     rate = optim.schedule(config.optim, job.total, steps_of(config, "optim.warmup", len(job.splits["train"])))
     weights = jnp.asarray([task.weight for task in job.tasks.values()])
     semi = make_semi(config, job)
@@ -161,11 +161,11 @@ def make_train_step(
             extra, parts = extra + more, parts | found
             total += extra
         if balanced:
-            # A round has its part of the losses, and so of the penalty on the variances.
+            # A round (of one device's program) has its part of the losses, and so of the penalty on the variances.
             terms, present = jnp.stack(list(sums.values())), jnp.stack([share[n] > 0 for n in job.tasks])
             whole = weighting.uncertainty_total(terms, log_variances, present, weights)
             penalty = 0.5 * jnp.where(present, weights * log_variances, 0.0).sum()
-            return whole - (1 - 1 / rounds) * penalty + extra, {"loss": total, **parts}
+            return whole - (1 - 1 / cuts) * penalty + extra, {"loss": total, **parts}
         return total, {"loss": total, **parts}
 
     def step(state: State, batch: dict[str, Any]) -> tuple[State, dict[str, Any]]:

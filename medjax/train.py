@@ -43,11 +43,17 @@ def train(config: ConfigDict, workdir: Path) -> None:
     """
     sizes: dict[str, int] = {}
     explained = faults.memory_explained(config.data.batch_size, config.data.patch, config.train.precision, sizes)
-    with faults.Preemption() as preemption, explained:
-        _train(config, workdir, preemption, sizes)
+    with faults.Preemption() as preemption, explained, contextlib.ExitStack() as stack:
+        _train(config, workdir, preemption, stack, sizes)
 
 
-def _train(config: ConfigDict, workdir: Path, preemption: faults.Preemption, sizes: dict[str, int]) -> None:
+def _train(
+    config: ConfigDict,
+    workdir: Path,
+    preemption: faults.Preemption,
+    stack: contextlib.ExitStack,
+    sizes: dict[str, int],
+) -> None:
     began = time.perf_counter()
     mesh = parallel.make_mesh(config.mesh)
     parallel.check_mode(config.parallel, mesh)
@@ -56,13 +62,15 @@ def _train(config: ConfigDict, workdir: Path, preemption: faults.Preemption, siz
     sampler.check_multiple(config.data.patch, job.model.backbone.total_factor())
     parallel.check_space(config.data.patch, job.model.backbone.total_factor(), mesh)
     every = intervals(config, len(job.splits["train"]))
-    checkpoints = Checkpoints(workdir)
+    checkpoints = stack.enter_context(Checkpoints(workdir))
     abstract = abstract_state(config, job, mesh)
 
     def read(step: int) -> tuple[dict[str, Any], Any]:
+        if processes.primary():
+            checkpoints.verify("latest", step)
         meta = checkpoints.meta("latest", step)
         checkpoints.check("latest", step, abstract)
-        over = step >= job.total or meta["history"]["stopped"]
+        over = (step >= job.total or meta["history"]["stopped"]) and not meta.get("unevaluated")
         return meta, None if over else checkpoints.restore("latest", step, abstract)
 
     agree = lambda whole: all(processes.gather("reading the checkpoint", whole))  # noqa: E731
@@ -71,9 +79,8 @@ def _train(config: ConfigDict, workdir: Path, preemption: faults.Preemption, siz
     newest, meta, state = (None, {}, None) if found is None else (found[0], *found[1])
     history: dict[str, Any] = meta.get("history", {"best": None, "best_step": None, "stale": 0, "stopped": False})
     first = newest or 0
-    if first >= job.total or history["stopped"]:
+    if newest is not None and state is None:
         say(f"{workdir}: already trained to step {first}{' (stopped early)' if history['stopped'] else ''}")
-        checkpoints.close()
         return
 
     # Prepared cases and what the tasks learn from them, the step compiled for both, and the state it begins with.
@@ -128,7 +135,7 @@ def _train(config: ConfigDict, workdir: Path, preemption: faults.Preemption, siz
         return [job.splits["train"][examples.draw(row)[0]].id for row in rows]
 
     nonfinite = faults.Nonfinite(config.train.nan_limit, workdir, case_ids, history.get("skipped", 0))
-    watchdog = faults.Watchdog(config.train.stall_seconds, workdir)
+    watchdog = stack.enter_context(faults.Watchdog(config.train.stall_seconds, workdir))
 
     def save(kind: str, number: int, **more: Any) -> None:
         about = {"step": number, "config": json.loads(config_lib.to_json(config)), "plan": job.plan.to_json()}
@@ -152,6 +159,8 @@ def _train(config: ConfigDict, workdir: Path, preemption: faults.Preemption, siz
         """Told to stop: what has been saved is complete before the process ends."""
         checkpoints.close()
         metrics.close()
+        if processes.primary():
+            draw_curves(workdir)
         raise Resumable(
             f"told to stop: step {number} of {job.total} is saved in {workdir / 'checkpoints'}; the same command goes "
             "on from there"
@@ -164,10 +173,11 @@ def _train(config: ConfigDict, workdir: Path, preemption: faults.Preemption, siz
             evaluate_now(first)
         except faults.Preempted:
             stop(first)
+        if first >= job.total or history["stopped"]:
+            save("latest", first)
     progress, clock, text = Progress("step", job.total), Clock(), ""
     for number in range(first + 1, job.total + 1):
         if history["stopped"]:
-            save("latest", number - 1)
             break
         if batch["image"].shape not in calls:  # the first of its bucket
             with watchdog.unwatched():
@@ -203,11 +213,10 @@ def _train(config: ConfigDict, workdir: Path, preemption: faults.Preemption, siz
         told = preemption.reached()
         if number % every.checkpoint == 0 or last or history["stopped"] or told:
             save("latest", number)
-        if told and not last:
+        if told:
             stop(number)
         if history["stopped"]:
             break
-    watchdog.close()
     progress.close()
     batches.close()
     checkpoints.close()

@@ -53,7 +53,7 @@ def same(a: Path, b: Path) -> None:
 
 
 # Calls of a run of 8 steps: one a step, and before that one a case at the evaluations of steps 4 and 8.
-@pytest.mark.parametrize(("call", "step", "unevaluated"), [(3, 3, False), (4, 4, True), (5, 4, False)])
+@pytest.mark.parametrize(("call", "step", "unevaluated"), [(3, 3, False), (4, 4, True), (9, 8, True)])
 def test_told_to_stop_it_saves_and_goes_on(
     recipe: Path,
     finished: Path,
@@ -238,7 +238,7 @@ def test_a_stall_shows_all_stacks_and_ends_after_three(tmp_path: Path, capfd: py
     until = time.monotonic() + 30
     while not ended and time.monotonic() < until:
         time.sleep(0.02)
-    watchdog.close()
+    watchdog.__exit__()
     assert ended == [RESUMABLE]
     text = (tmp_path / "stalled.txt").read_text()
     assert text.count("waiting for the data of step 7") == 3
@@ -249,13 +249,12 @@ def test_a_stall_shows_all_stacks_and_ends_after_three(tmp_path: Path, capfd: py
 
 
 def test_signs_of_life_and_long_work_keep_the_watchdog_quiet(tmp_path: Path) -> None:
-    watchdog = faults.Watchdog(0.4, tmp_path, end=lambda code: None)
-    with watchdog.unwatched():
-        time.sleep(0.8)
-    for _ in range(8):
-        time.sleep(0.1)
-        watchdog.doing("a step")
-    watchdog.close()
+    with faults.Watchdog(0.4, tmp_path, end=lambda code: None) as watchdog:
+        with watchdog.unwatched():
+            time.sleep(0.8)
+        for _ in range(8):
+            time.sleep(0.1)
+            watchdog.doing("a step")
     assert not (tmp_path / "stalled.txt").exists()
 
 
