@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 import re
+import signal
 import socket
 import sys
 import threading
@@ -162,7 +163,13 @@ def _why_not_started(text: str) -> str:
 
 @contextlib.contextmanager
 def _own_last_words() -> Iterator[None]:
-    """While JAX makes its client: when the service is gone our own message ends the process, not JAX's."""
+    """While JAX makes its client: when process 0 is lost, and the service with it, our own message ends this process.
+
+    JAX's client would end it at once with exit code 1. It takes a function to call instead, but cannot hand over the
+    status it calls it with (jaxlib 0.10: std::bad_cast), and aborts. So the abort is where the words are said.
+    """
+    import ctypes
+
     from jax._src.lib import _jax
 
     make = _jax.get_distributed_runtime_client
@@ -170,6 +177,16 @@ def _own_last_words() -> Iterator[None]:
     def client(*args: Any, **options: Any) -> Any:
         return make(*args, **{**options, "missed_heartbeat_callback": _run.service_lost})
 
+    libc = ctypes.CDLL(None)
+
+    def aborted(number: int) -> None:
+        if not _run.service_there():
+            _run.service_lost()
+        libc.signal(number, None)  # of some other cause: as it would have been
+        os.abort()
+
+    _run.on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)  # kept alive as long as it may be called
+    libc.signal(signal.SIGABRT, _run.on_abort)
     _jax.get_distributed_runtime_client = client
     try:
         yield
@@ -197,6 +214,7 @@ class _Run:
 
     def __init__(self) -> None:
         self.count, self.index = 1, 0
+        self.on_abort: Any = None
         self._client: Any = None
         self._hosts: dict[int, str] = {}
         self._heard: dict[int, tuple[str, float]] = {}
@@ -213,6 +231,8 @@ class _Run:
         if self.count == 1:
             return
         self._put(f"host/{self.index}", f"{socket.gethostname()}, pid {os.getpid()}")
+        barrier("names", START_SECONDS)
+        self._hosts = self._all("host")
         self._thread = threading.Thread(target=self._beat, name="medjax-heart", daemon=True)
         self._thread.start()
 
@@ -227,9 +247,6 @@ class _Run:
 
     def name(self, process: int) -> str:
         """'process 1 (node2, pid 4711)'."""
-        if process not in self._hosts:
-            with contextlib.suppress(Exception):
-                self._hosts |= self._all("host")
         return f"process {process} ({self._hosts.get(process, 'which never started')})"
 
     def _beat(self) -> None:
@@ -270,13 +287,20 @@ class _Run:
             silent = [p for p in silent if self._heard.get(p, ("", 0.0))[0] == before.get(p, "")]
         return [self.name(p) for p in silent]
 
-    def service_lost(self, status: Any = None) -> None:
-        """Called by JAX's client when the service fails it."""
+    def service_there(self) -> bool:
+        from jax._src import distributed
+
+        host, _, port = (distributed.global_state.coordinator_address or "").rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=2).close()
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def service_lost(self, *_: Any) -> None:
+        """Called when the service fails this process."""
         if not self._over.is_set():
-            text = str(status)
-            task = re.search(r"/task:(\d+)", text)
-            who = int(task[1]) if task and int(task[1]) != self.index else 0
-            self.end(f"{self.name(who)} is gone")
+            self.end(f"{self.name(0)}, which keeps the run together, is gone")
 
     def end(self, why: str, code: int = RESUMABLE) -> NoReturn:
         """Ends this process at once, whatever it is at."""

@@ -323,6 +323,10 @@ def say_report(config: ConfigDict, mesh: Mesh, job: Job, state: State, compiled:
     arguments, temporaries = report.human(compiled.arguments, "B"), report.human(compiled.temporaries, "B")
     say(f"run         {config.name}: {cases} cases, patch {patch}, batch {config.data.batch_size}")
     device = f"{mesh.devices.size} × {jax.devices()[0].device_kind}"
+    if processes.count() > 1:
+        device += f" of {processes.count()} processes"
+    if mesh.size > mesh.shape["data"]:
+        device += f" as {' × '.join(f'{size} {axis}' for axis, size in mesh.shape.items() if size > 1)}"
     say(f"device      {device}, {config.train.precision}, steps {first}..{job.total}")
     say(
         f"model       {config.model.name}, {report.human(parameter_count(state.params), '')} parameters, tasks: "
