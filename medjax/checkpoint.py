@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from medjax.errors import UserError, warn_once
 
@@ -195,6 +196,27 @@ class Checkpoints:
         self._check(kind, step, stored.get(part), like)
         return self._read(kind, step, {part: like})[part]
 
+    def parameters(self, kind: str, step: int) -> tuple[Any, Any]:
+        """The same of whatever network the checkpoint is of, as trees of NumPy arrays.
+
+        Returns:
+          (what trained, what was frozen); the second is None where everything trained.
+        """
+        stored = self._stored(kind, step)
+        part = "average" if stored.get("average") else "params"
+        parts = {name: stored[name] for name in (part, "frozen") if stored.get(name)}
+        like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), parts)
+        found = self._read(kind, step, like, np.ndarray)
+        return found[part], found.get("frozen")
+
+    def divided(self, kind: str, step: int) -> bool:
+        """Whether the checkpoint holds its network's parameters in parts, or refers to another's for some."""
+        return bool(self._stored(kind, step).get("frozen") or self.meta(kind, step).get("base"))
+
+    def check_parameters(self, kind: str, step: int, found: Any, like: Any) -> None:
+        """Raises UserError naming what differs unless parameters of a checkpoint have the shapes of `like`."""
+        self._check(kind, step, found, like)
+
     def restore(self, kind: str, step: int, like: Any) -> Any:
         """The state, in the shapes, types and shardings of `like` (a tree of jax.ShapeDtypeStruct).
 
@@ -217,9 +239,12 @@ class Checkpoints:
         """Raises UserError naming what differs unless the checkpoint holds arrays of the shapes of `like`."""
         self._check(kind, step, self._stored(kind, step), like)
 
-    def _read(self, kind: str, step: int, like: Any) -> Any:
+    def _read(self, kind: str, step: int, like: Any, as_type: Any = None) -> Any:
         ocp = self._ocp
-        restore = ocp.checkpoint_utils.construct_restore_args(like)
+        if as_type is None:
+            restore = ocp.checkpoint_utils.construct_restore_args(like)
+        else:
+            restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=as_type), like)
         args = ocp.args.PyTreeRestore(like, restore_args=restore, partial_restore=True)
         with self._reading(kind, step):
             return self._managers[kind].restore(step, args=ocp.args.Composite(state=args)).state

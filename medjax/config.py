@@ -97,6 +97,29 @@ def defaults() -> ConfigDict:
     c.model = ConfigDict({"name": "unet"})
     c.tasks = ConfigDict()
 
+    c.init = ConfigDict(  # weights to begin from, at step 0; medjax/transfer.py, docs/transfer.md
+        {
+            "source": "",  # a run's folder, a folder of its checkpoints, or params.npz of medjax.convert; empty: random
+            "which": "best",  # of a run's checkpoints, or 'latest'
+            "rules": (),  # ((regex, replacement), ...): names there -> names here, '' leaves out; the first that fits
+            "skip": (),  # regexes of parameters here that begin at random all the same
+            "channels": "",  # where modalities differ: 'average', or 'names'; empty: an error
+            "kernels": "",  # where kernels are larger here: 'trilinear' (UpKern); empty: an error
+            "positions": "trilinear",  # where a transformer's grid differs; empty: an error
+        }
+    )
+
+    c.peft = ConfigDict(  # training few parameters, saved as a change of `init.source`; medjax/peft.py
+        {
+            "type": "",  # 'lora', 'adapter', 'prompt', 'bitfit', 'norm', 'probe'; empty: everything trains
+            "targets": (),  # regexes: kernels (lora), modules (adapter, prompt); empty: the whole backbone
+            "rank": 4,  # of a kernel's change (lora); channels of an adapter
+            "alpha": 4.0,  # a kernel's change counts alpha / rank
+            "tokens": 8,  # of a prompt, for each block
+            "train": ("heads",),  # trains besides, in full: 'encoder', 'decoder', 'heads', or regexes of parameters
+        }
+    )
+
     c.optim = ConfigDict()
     c.optim.name = "sgd"  # SGD with Nesterov momentum, or 'adamw'
     c.optim.lr = 0.01
@@ -112,6 +135,9 @@ def defaults() -> ConfigDict:
     c.optim.ema = 0.0  # decay of the averaged weights; 0: off
     # (regex, {'lr': factor, 'decay': factor}): the first that matches a parameter's path rules it; lr 0 freezes it.
     c.optim.rules = ((r".*/kernel", {"lr": 1.0, "decay": 1.0}), (r".*", {"lr": 1.0, "decay": 0.0}))
+    c.optim.layer_decay = 1.0  # learning rate of each encoder stage relative to the next deeper one
+    c.optim.decoder_first = "0 steps"  # the encoder stands still for so long
+    c.optim.unfreeze = ()  # ('300 steps', '200 steps', ...): encoder stages from the image on stand still for so long
 
     c.semi = ConfigDict(
         {

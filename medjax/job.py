@@ -25,7 +25,7 @@ class Job:
 
     Attributes:
       splits: split name -> cases, with 'train'. plan: preprocessing, learnt from the training cases.
-      total: optimizer steps of the whole run.
+      total: optimizer steps of the whole run. known: paths of the parameters that `config.init` has filled.
     """
 
     cohort: cohorts.Cohort
@@ -34,6 +34,7 @@ class Job:
     tasks: Mapping[str, tasks.Task]
     model: Model
     total: int
+    known: frozenset[str] = frozenset()
 
 
 def open_job(config: ConfigDict) -> Job:

@@ -35,13 +35,23 @@ def schedule(config: Mapping[str, Any], total: int, warmup: int) -> Callable[[An
 
 
 def build(
-    config: Mapping[str, Any], params: Any, total: int, warmup: int = 0
+    config: Mapping[str, Any],
+    params: Any,
+    total: int,
+    warmup: int = 0,
+    *,
+    known: Any = None,
+    scales: Any = None,
+    begins: Any = None,
 ) -> tuple[optax.GradientTransformation, Callable]:
     """The optimizer of `config.optim` and its schedule.
 
     Args:
       params: tree of arrays or shapes; the rules are matched against its paths ('backbone/encoder0/.../kernel').
       total, warmup: in steps.
+      known: tree of all parameters where `params` has only those that train; the rules must cover it.
+      scales: tree of further factors of the learning rate. begins: tree of the steps after which a parameter begins to
+        change; until then it has neither gradient nor moments. Both have the parameters of `params` at least.
 
     Raises:
       UserError: a parameter no rule covers, a rule that matches nothing, an unknown name.
@@ -54,15 +64,22 @@ def build(
         core = optax.scale_by_adam(b1=b1, b2=b2)
     else:
         raise UserError(f"config: optim.name '{config['name']}' is not known; known: adamw, sgd")
-    rates, decays = rule_factors(config["rules"], params)
+    rates, decays = (_part(tree, params) for tree in rule_factors(config["rules"], params if known is None else known))
+    if scales is not None:
+        rates = jax.tree.map(lambda rate, scale: rate * scale, rates, _part(scales, params))
     decay = _per_parameter(lambda u, p, f: u + config["weight_decay"] * f * p, decays)
     # SGD adds the decay to the gradient (L2), AdamW after the preconditioner (decoupled).
     chain = [
         _per_parameter(lambda u, p, f: u if f else jnp.zeros_like(u), rates)
     ]  # frozen ones do not count in the norm
+    gate: list[optax.GradientTransformation] = []
+    if begins is not None:
+        begins = _part(begins, params)
+        gate, core = [_gate(begins)], _delayed(core, begins)
+    chain += gate
     chain += [optax.clip_by_global_norm(config["clip"])] if config["clip"] else []
     chain += [decay, core] if config["name"] == "sgd" else [core, decay]
-    chain += [_per_parameter(lambda u, p, f: u * f, rates), optax.scale_by_learning_rate(lr)]
+    chain += [*gate, _per_parameter(lambda u, p, f: u * f, rates), optax.scale_by_learning_rate(lr)]
     return optax.chain(*chain), lr
 
 
@@ -100,6 +117,42 @@ def _per_parameter(function: Callable, factors: Any) -> optax.GradientTransforma
         return jax.tree.map(function, updates, params, factors), state
 
     return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def _part(tree: Any, params: Any) -> Any:
+    """The leaves of `tree` at the places that `params` has."""
+
+    def find(path: Any, _: Any) -> Any:
+        node = tree
+        for key in path:
+            node = node[key.key]
+        return node
+
+    return jax.tree_util.tree_map_with_path(find, params)
+
+
+def _gate(begins: Any) -> optax.GradientTransformation:
+    """Zeros in place of the updates of parameters whose first step has not come."""
+
+    def update(updates: Any, count: Any, params: Any = None) -> tuple[Any, Any]:
+        return jax.tree.map(lambda u, begin: jnp.where(count >= begin, u, 0), updates, begins), count + 1
+
+    return optax.GradientTransformation(lambda _: jnp.zeros((), jnp.int32), update)
+
+
+def _delayed(core: optax.GradientTransformation, begins: Any) -> optax.GradientTransformation:
+    """`core` for each group of parameters that begin together: its state, steps counted included, is from there on."""
+
+    def late(begin: int) -> optax.GradientTransformation:
+        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+            count, inner = state
+            updates, new = core.update(updates, inner, params)
+            return updates, (count + 1, jax.tree.map(lambda a, b: jnp.where(count >= begin, a, b), new, inner))
+
+        return optax.GradientTransformation(lambda params: (jnp.zeros((), jnp.int32), core.init(params)), update)
+
+    labels = jax.tree.map(str, begins)
+    return optax.partition({label: late(int(label)) for label in sorted(set(jax.tree.leaves(labels)))}, labels)
 
 
 def ema(average: Any, params: Any, decay: float, step: Any) -> Any:

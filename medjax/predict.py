@@ -106,7 +106,7 @@ class Run:
     """
 
     def __init__(self, folder: Path, *, kind: str = "best", eval_options: Mapping[str, Any] | None = None) -> None:
-        from medjax import checkpoint, tasks
+        from medjax import checkpoint, tasks, transfer
         from medjax import config as config_lib
         from medjax.data import preprocess
         from medjax.models.model import build_model
@@ -131,7 +131,7 @@ class Run:
         self.mesh = parallel.local_mesh(self.config.get("mesh", {}).get("space", 1))
         here = parallel.replicated(self.mesh)
         like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
-        self.params = checkpoints.restore_parameters(kind, self.step, like)
+        self.params = transfer.restore_parameters(checkpoints, kind, self.step, like, folder)
         checkpoints.close()
 
     def predictor(self, shapes: Sequence[Sequence[int]] = ()) -> Predictor:

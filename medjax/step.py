@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import flax.struct
@@ -12,7 +14,8 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
-from medjax import optim, parallel
+from medjax import config as config_lib
+from medjax import optim, parallel, peft, transfer
 from medjax import semi as semi_lib
 from medjax.augment import policy
 from medjax.errors import UserError
@@ -20,7 +23,8 @@ from medjax.job import Job, steps_of
 from medjax.losses import weighting
 from medjax.ops import native
 
-_DROPOUT, _TWIN = 1, 2  # streams of the run's key: of dropout, of the second network's first parameters
+# Streams of the run's key: of dropout, of the second network's first parameters, of the first factors of `medjax.peft`.
+_DROPOUT, _TWIN, _FACTORS = 1, 2, 3
 
 
 @flax.struct.dataclass
@@ -31,6 +35,8 @@ class State:
       average: exponential moving average of the parameters, or None.
       balance: of several tasks weighed by uncertainty: (log variances [T], their optimizer's state); else None.
       twin: of cross pseudo supervision: (the second network's parameters, their optimizer's state); else None.
+      frozen: parameters that do not train, or None; `params` then lacks them. base: those that checkpoints leave out
+        and refer to, or None (`medjax.peft`).
     """
 
     step: Any
@@ -39,36 +45,89 @@ class State:
     average: Any
     balance: Any = None
     twin: Any = None
+    frozen: Any = None
+    base: Any = None
 
     @property
     def eval_params(self) -> Any:
-        """The parameters to evaluate: the averaged ones where there are any."""
-        return self.params if self.average is None else self.average
+        """The parameters to evaluate, as the network takes them: the averaged ones where there are any."""
+        return peft.combine(self.params if self.average is None else self.average, self.frozen, self.base)
+
+    @property
+    def stored(self) -> State:
+        """What a checkpoint holds."""
+        return self.replace(base=None)  # type: ignore[attr-defined]
 
 
 def make_state(config: ConfigDict, job: Job) -> tuple[Any, Callable, Callable[[], State]]:
     """The optimizer, its schedule, and the function that makes the first state from the seed."""
     shape = (1, *config.data.patch, len(job.plan.modalities))
 
-    def parameters(key: Any = None) -> Any:
-        x = jnp.zeros(shape, jnp.float32)
-        key = jax.random.key(config.seed) if key is None else key
-        return job.model.init(key, x, train=True)["params"]
+    def parameters(twin: bool = False) -> Any:
+        key = jax.random.key(config.seed)
+        key = jax.random.fold_in(key, _TWIN) if twin else key
+        return job.model.init(key, jnp.zeros(shape, jnp.float32), train=True)["params"]
 
-    warmup = steps_of(config, "optim.warmup", len(job.splits["train"]))
-    tx, rate = optim.build(config.optim, jax.eval_shape(parameters), job.total, warmup)
+    def duration(text: str, key: str) -> int:
+        return config_lib.steps(text, batch_size=config.data.batch_size, n_examples=len(job.splits["train"]), key=key)
+
+    shapes = jax.eval_shape(parameters)
+    division = divide(config, job, shapes)
+
+    def divided(twin: bool = False) -> tuple[Any, Any, Any]:
+        return division.split(parameters(twin), jax.random.fold_in(jax.random.key(config.seed), _FACTORS + twin))
+
+    scales, begins = peft.by_depth(config, division, duration)
+    warmup = duration(config.optim.warmup, "optim.warmup")
+    tx, rate = optim.build(
+        config.optim, jax.eval_shape(divided)[0], job.total, warmup, known=division.everything(), scales=scales,
+        begins=begins,
+    )  # fmt: skip
 
     def create() -> State:
-        params, log_variances = parameters(), jnp.zeros(len(job.tasks))
+        (params, frozen, base), log_variances = divided(), jnp.zeros(len(job.tasks))
         balance = (log_variances, optax.adam(rate).init(log_variances)) if by_uncertainty(config, job) else None
         average = params if semi_lib.average_decay(config) else None
         twin = None
         if config.semi.method == "cps":
-            second = parameters(jax.random.fold_in(jax.random.key(config.seed), _TWIN))
+            second = divided(twin=True)[0]
             twin = (second, tx.init(second))
-        return State(jnp.zeros((), jnp.int32), params, tx.init(params), average, balance, twin)
+        return State(jnp.zeros((), jnp.int32), params, tx.init(params), average, balance, twin, frozen, base)
 
     return tx, rate, create
+
+
+def divide(config: ConfigDict, job: Job, params: Any) -> peft.Division:
+    """Which parameters train, from the tree of them all (arrays or shapes)."""
+    return peft.divide(config, {path: tuple(leaf.shape) for path, leaf in peft.flat(params).items()}).referring(
+        job.known
+    )
+
+
+def start_from(start: transfer.Start, state: State) -> State:
+    """The first state with the weights of `config.init` in place of random ones."""
+    names = ("params", "average", "frozen", "base")
+    parts = {name: transfer.fill(getattr(state, name), start.params) for name in names}
+    if state.twin is not None:
+        # Its heads stay at random: two networks that are the same teach each other nothing.
+        shared = {path: array for path, array in start.params.items() if path.startswith("backbone/")}
+        parts["twin"] = (transfer.fill(state.twin[0], shared), state.twin[1])
+    return state.replace(**parts)  # type: ignore[attr-defined]
+
+
+def refer(
+    start: transfer.Start, state: State, abstract: State, reference: Any, folder: Path
+) -> tuple[dict[str, Any], State]:
+    """The state with the parameters that its checkpoints leave out, and the reference they have instead.
+
+    Args:
+      reference: of the checkpoint the run goes on from; it must fit. None: the run begins. folder: of the run.
+    """
+    paths = list(peft.flat(abstract.base))
+    if reference:
+        start.verify(reference, paths, folder)
+    base = transfer.fill(abstract.base, start.params)
+    return reference or start.reference(paths, folder), state.replace(base=base)  # type: ignore[attr-defined]
 
 
 def by_uncertainty(config: ConfigDict, job: Job) -> bool:
@@ -90,7 +149,8 @@ def make_semi(config: ConfigDict, job: Job) -> semi_lib.Semi | None:
 def abstract_state(config: ConfigDict, job: Job, mesh: Mesh) -> State:
     """The state's shapes and types, and where `config.mesh_rules` lay it on the mesh."""
     shapes = jax.eval_shape(make_state(config, job)[2])
-    laid = parallel.state_shardings(shapes, shapes.params, config.mesh_rules, mesh)
+    params = peft.nest(peft.flat(shapes.params) | peft.flat(shapes.frozen) | peft.flat(shapes.base))
+    laid = parallel.state_shardings(shapes, params, config.mesh_rules, mesh)
     return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, laid)
 
 
@@ -131,9 +191,10 @@ def make_train_step(
     semi = make_semi(config, job)
     decay = semi_lib.average_decay(config)
 
-    def forward(params: Any, image: Any, key: Any, train: bool = True) -> Any:
+    def network(still: Sequence[Any], params: Any, image: Any, key: Any, train: bool = True) -> Any:
+        variables = {"params": peft.combine(params, *still)}
         with native.divisible(mesh.shape["space"]):
-            return job.model.apply({"params": params}, image, train=train, rngs={"dropout": key})
+            return job.model.apply(variables, image, train=train, rngs={"dropout": key})
 
     def supervised(outputs: Any, batch: dict[str, Any], share: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         total, sums = 0.0, {}
@@ -145,9 +206,11 @@ def make_train_step(
         return total, sums
 
     def loss(
-        trained: tuple[Any, ...], teacher: Any, batch: dict[str, Any], share: Mapping[str, Any], key: Any, number: Any
-    ) -> tuple[Any, dict[str, Any]]:
-        params, log_variances, second = trained
+        trained: tuple[Any, ...], others: tuple[Any, ...], batch: dict[str, Any], share: Mapping[str, Any], key: Any,
+        number: Any,
+    ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
+        (params, log_variances, second), (teacher, *still) = trained, others
+        forward = functools.partial(network, still)
         outputs = forward(params, batch["image"], key)
         total, sums = supervised(outputs, batch, share)
         parts = {f"loss/{name}": value for name, value in sums.items()} if len(sums) > 1 else {}
@@ -184,12 +247,12 @@ def make_train_step(
         counts = over_devices(counts)
         share = {name: jnp.where(count > 0, 1.0 / jnp.maximum(count, 1), 0.0) for name, count in counts.items()}
         # Only a teacher that is an average is not the student itself.
-        teacher = state.average if config.semi.method == "mean_teacher" else None
+        others = (state.average if config.semi.method == "mean_teacher" else None, state.frozen, state.base)
         if not mapped:
-            teacher = parallel.whole(teacher, mesh)
+            others = parallel.whole(others, mesh)
 
         def gradient(trained: Any, batch: dict[str, Any], key: Any) -> Any:
-            return jax.grad(loss, has_aux=True)(trained, teacher, batch, share, key, state.step)
+            return jax.grad(loss, has_aux=True)(trained, others, batch, share, key, state.step)
 
         drop = jax.random.fold_in(jax.random.fold_in(key, _DROPOUT), state.step)
         if mapped and mesh.size > 1:
@@ -229,7 +292,8 @@ def make_train_step(
             sums["semi/ramp"] = semi.ramp(state.step)
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
         finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
-        made = State(state.step, params, opt_state, average, balance, twin)
+        changed = {"params": params, "opt_state": opt_state, "average": average, "balance": balance, "twin": twin}
+        made = state.replace(**changed)  # type: ignore[attr-defined]
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), made, state)
         return kept.replace(step=state.step + 1), {**sums, "grad_norm": norm, "skipped": ~finite}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from medjax import config as config_lib
-from medjax import evaluate, faults, parallel, pictures, processes, report, runtime
+from medjax import evaluate, faults, parallel, peft, pictures, processes, report, runtime, transfer
 from medjax.checkpoint import Checkpoints
 from medjax.data import pipeline, sampler
 from medjax.errors import Resumable, UserError, write_atomic
@@ -25,7 +26,7 @@ from medjax.logging import Metrics, Progress, duration, say
 from medjax.models.model import parameter_count
 from medjax.ops import native
 from medjax.ops.native.cpus import usable_cpus
-from medjax.step import State, abstract_state, make_state, make_train_step, shardings
+from medjax.step import State, abstract_state, divide, make_state, make_train_step, refer, shardings, start_from
 
 
 class Intervals(NamedTuple):
@@ -63,22 +64,28 @@ def _train(
     parallel.check_space(config.data.patch, job.model.backbone.total_factor(), mesh)
     every = intervals(config, len(job.splits["train"]))
     checkpoints = stack.enter_context(Checkpoints(workdir))
-    abstract = abstract_state(config, job, mesh)
 
-    def read(step: int) -> tuple[dict[str, Any], Any]:
+    def read(step: int) -> tuple[dict[str, Any], transfer.Start | None, Any]:
         if processes.primary():
             checkpoints.verify("latest", step)
-        meta = checkpoints.meta("latest", step)
+        meta, start = checkpoints.meta("latest", step), None
+        if meta.get("base"):
+            start = transfer.open_start(config, job.model, job.plan.modalities, workdir, meta["base"])
+        known = dataclasses.replace(job, known=frozenset(start.params if start else ()))
+        abstract = abstract_state(config, known, mesh).stored
         checkpoints.check("latest", step, abstract)
         over = (step >= job.total or meta["history"]["stopped"]) and not meta.get("unevaluated")
-        return meta, None if over else checkpoints.restore("latest", step, abstract)
+        return meta, start, None if over else checkpoints.restore("latest", step, abstract)
 
     agree = lambda whole: all(processes.gather("reading the checkpoint", whole))  # noqa: E731
     found: tuple[int, Any] | None = checkpoints.first_whole("latest", read, agree)
     state: Any
-    newest, meta, state = (None, {}, None) if found is None else (found[0], *found[1])
+    newest, meta, start, state = (None, {}, None, None) if found is None else (found[0], *found[1])
     history: dict[str, Any] = meta.get("history", {"best": None, "best_step": None, "stale": 0, "stopped": False})
     first = newest or 0
+    if newest is None:
+        start = transfer.open_start(config, job.model, job.plan.modalities, workdir)
+    job = dataclasses.replace(job, known=frozenset(start.params if start else ()))
     if newest is not None and state is None:
         say(f"{workdir}: already trained to step {first}{' (stopped early)' if history['stopped'] else ''}")
         return
@@ -123,10 +130,18 @@ def _train(
     sizes |= {"arguments": compiled.arguments, "temporaries": compiled.temporaries, "outputs": compiled.outputs}
     if newest is None:
         state = jax.jit(create, out_shardings=shardings(abstract))()
+        if start:
+            state = start_from(start, state)
+    base = meta.get("base")
+    if start and abstract.base:
+        base, state = refer(start, state, abstract, base, workdir)
     if processes.primary():
         write_atomic(workdir / "config.json", config_lib.to_json(config) + "\n")
     say_report(config, mesh, job, abstract, compiled, first)
-    report.write_cost(workdir / "cost.json", compiled, parameter_count(abstract.params), mesh.devices.size, job.total)
+    whole = parameter_count(jax.eval_shape(lambda s: s.eval_params, abstract))
+    report.write_cost(workdir / "cost.json", compiled, whole, mesh.devices.size, job.total)
+    if start and newest is None:
+        say(transfer.table(start, [*peft.flat(state.frozen), *peft.flat(state.base)]))
     metrics = Metrics(workdir, first, config)
     validation = Validation(config, job, sources["val"], mesh) if "val" in sources else None
 
@@ -140,8 +155,8 @@ def _train(
     def save(kind: str, number: int, **more: Any) -> None:
         about = {"step": number, "config": json.loads(config_lib.to_json(config)), "plan": job.plan.to_json()}
         past = history | ({"skipped": nonfinite.total} if nonfinite.total else {})
-        about |= {"labels": dict(job.cohort.labels), "history": past, **more}
-        checkpoints.save(kind, number, state, about)
+        about |= {"labels": dict(job.cohort.labels), "history": past, **more} | ({"base": base} if base else {})
+        checkpoints.save(kind, number, state.stored, about)
 
     def evaluate_now(number: int) -> None:
         """Scores the state, keeps the best; `Preempted` if there is no time left for it."""
@@ -328,10 +343,13 @@ def say_report(config: ConfigDict, mesh: Mesh, job: Job, state: State, compiled:
     if mesh.size > mesh.shape["data"]:
         device += f" as {' × '.join(f'{size} {axis}' for axis, size in mesh.shape.items() if size > 1)}"
     say(f"device      {device}, {config.train.precision}, steps {first}..{job.total}")
+    params = jax.eval_shape(lambda s: s.eval_params, state)
     say(
-        f"model       {config.model.name}, {report.human(parameter_count(state.params), '')} parameters, tasks: "
+        f"model       {config.model.name}, {report.human(parameter_count(params), '')} parameters, tasks: "
         f"{', '.join(job.tasks)}"
     )
+    if state.frozen or state.base:
+        say(f"trains      {divide(config, job, params).describe()}")
     say(
         f"step        {report.human(compiled.flops, 'FLOP')}, compiled in {compiled.seconds:.1f} s, "
         f"{report.human(compiled.peak, 'B')} a device (arguments {arguments}, temporaries {temporaries})"

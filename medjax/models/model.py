@@ -13,6 +13,7 @@ from jax import Array
 
 from medjax import models
 from medjax.errors import UserError
+from medjax.models.adapters import Insert, insert
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -23,13 +24,15 @@ class Model(nn.Module):
     Attributes:
       backbone: returns a feature pyramid, finest first.
       heads: task name -> module from pyramid to that task's outputs.
+      insert: adapters or prompt tokens within the backbone (`config.peft`), if any.
     """
 
     backbone: nn.Module
     heads: Mapping[str, nn.Module]
+    insert: Insert | None = None
 
     def __call__(self, x: Array, *, train: bool = False) -> dict[str, Any]:
-        pyramid = self.backbone(x, train=train)
+        pyramid = self.insert.call(self.backbone, x, train=train) if self.insert else self.backbone(x, train=train)
         return {name: head(pyramid, train=train) for name, head in self.heads.items()}
 
 
@@ -38,7 +41,8 @@ def build_model(config: Mapping[str, Any], tasks: Mapping[str, Any]) -> Model:
     precision = config["train"]["precision"]
     if precision not in DTYPES:
         raise UserError(f"config: train.precision '{precision}' is not known; known: {', '.join(DTYPES)}")
-    return Model(models.build(config["model"], DTYPES[precision]), {name: task.head() for name, task in tasks.items()})
+    heads = {name: task.head() for name, task in tasks.items()}
+    return Model(models.build(config["model"], DTYPES[precision]), heads, insert(config.get("peft")))
 
 
 def parameter_count(params: Any) -> int:

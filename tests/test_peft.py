@@ -1,0 +1,528 @@
+"""Few parameters train: what does, what it computes, what is kept of it; learning by depth."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_train import a_batch, load, make, state_bytes
+from tiny import write_cohort, write_recipe
+from untrained import make_run
+
+from medjax import config as config_lib
+from medjax import job as job_lib
+from medjax import main, models, optim, parallel, peft, predict, report, transfer
+from medjax.checkpoint import Checkpoints
+from medjax.errors import UserError
+from medjax.models.adapters import Insert
+from medjax.models.attention import TransformerBlock
+from medjax.models.layers import Conv3D
+from medjax.models.model import Model
+from medjax.models.vit import ViT
+from medjax.ops.conv3d import conv3d
+
+RNG = np.random.default_rng(0)
+SHAPES = {
+    "backbone/encoder0/block0/conv/kernel": (3, 3, 3, 1, 16),
+    "backbone/encoder0/block0/norm/scale": (16,),
+    "backbone/encoder0/block0/norm/bias": (16,),
+    "backbone/encoder1/block0/conv/kernel": (3, 3, 3, 16, 32),
+    "backbone/up0/kernel": (2, 2, 2, 32, 16),
+    "backbone/up0/bias": (16,),
+    "heads_a/level0/kernel": (1, 1, 1, 16, 3),
+    "heads_a/level0/bias": (3,),
+}
+HEADS = {"heads_a/level0/kernel", "heads_a/level0/bias"}
+
+
+def settings(**changes: Any) -> Any:
+    config = config_lib.defaults()
+    with config.ignore_type():
+        config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return config
+
+
+# --- what trains -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "trained"),
+    [
+        ("probe", set()),
+        ("bitfit", {"backbone/encoder0/block0/norm/bias", "backbone/up0/bias"}),
+        ("norm", {"backbone/encoder0/block0/norm/scale", "backbone/encoder0/block0/norm/bias"}),
+    ],
+)
+def test_types_that_train_parameters_as_they_are(kind: str, trained: set[str]) -> None:
+    division = peft.divide(settings(peft__type=kind), SHAPES)
+    assert division.trained == trained | HEADS
+    assert not division.factors
+
+
+def test_everything_trains_unless_a_rule_freezes_it() -> None:
+    assert peft.divide(settings(), SHAPES).whole
+    frozen = settings(optim__rules=((r"backbone/encoder.*", {"lr": 0.0}), (".*", {})))
+    assert peft.divide(frozen, SHAPES).frozen == {path for path in SHAPES if "encoder" in path}
+    with pytest.raises(UserError, match="no parameter trains"):
+        peft.divide(settings(optim__rules=((".*", {"lr": 0.0}),)), SHAPES)
+
+
+def test_parts_of_the_network_train_besides() -> None:
+    both = peft.divide(settings(peft__type="probe", peft__train=("heads", "decoder")), SHAPES)
+    assert both.trained == HEADS | {"backbone/up0/kernel", "backbone/up0/bias"}
+    some = peft.divide(settings(peft__type="probe", peft__train=(r".*/norm/.*",)), SHAPES)
+    assert some.trained == {path for path in SHAPES if "/norm/" in path}
+
+
+def test_low_rank_factors_and_their_share_by_hand() -> None:
+    division = peft.divide(settings(peft__type="lora", peft__rank=2), SHAPES)
+    stem, deep, up = (path for path in SHAPES if path.startswith("backbone") and path.endswith("kernel"))
+    assert division.trained == HEADS
+    # Taps with the side of fewer channels.
+    assert division.factors[stem] == ((27, 2), (2, 16))
+    assert division.factors[deep] == ((27 * 16, 2), (2, 32))
+    assert division.factors[up] == ((32, 2), (2, 8 * 16))
+    count = 2 * (27 + 16) + 2 * (27 * 16 + 32) + 2 * (32 + 128) + 48 + 3
+    total = sum(math.prod(shape) for shape in SHAPES.values())
+    assert division.describe().startswith(f"{count:,} of {total:,} parameters ({100 * count / total:.2g} %): lora of 3")
+
+
+def test_a_kernel_smaller_than_its_factors_trains_in_full() -> None:
+    division = peft.divide(settings(peft__type="lora", peft__rank=12), SHAPES)
+    stem = "backbone/encoder0/block0/conv/kernel"
+    assert math.prod(SHAPES[stem]) < 12 * (27 + 16)
+    assert stem in division.trained
+    assert stem not in division.factors
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"peft__type": "dora"}, "peft.type 'dora' is not known; known: lora, adapter"),
+        ({"peft__type": "lora", "peft__targets": (".*/qkv/kernel",)}, "peft.targets '.*/qkv/kernel' matches no kernel"),
+        ({"peft__type": "lora", "peft__targets": (".*/norm/scale",)}, "matches no kernel of a dense or convolutional"),
+        ({"peft__type": "lora", "peft__targets": ("(",)}, "is no regular expression"),
+        ({"peft__type": "lora", "peft__rank": 0}, "must be at least 1"),
+        ({"peft__type": "probe", "peft__train": ("head",)}, "peft.train 'head' matches no parameter"),
+        ({"peft__type": "prompt"}, "finds nothing to train"),
+    ],
+)
+def test_what_cannot_be_meant(changes: Any, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        peft.divide(settings(**changes), SHAPES)
+    assert words in str(caught.value)
+
+
+# --- what it computes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(3, 5), (5, 3), (4, 4)])
+def test_the_change_of_a_kernel_is_two_convolutions(inputs: int, outputs: int) -> None:
+    shape, rank = (3, 3, 3, inputs, outputs), 2
+    factors = peft._factors(shape, rank)
+    a, b = (RNG.normal(size=s).astype(np.float32) for s in factors)
+    kernel = RNG.normal(size=shape).astype(np.float32)
+    x = jnp.asarray(RNG.normal(size=(1, 5, 6, 4, inputs)), jnp.float32)
+    tree = {"k": {"kernel_lora_a": a, "kernel_lora_b": b}}
+    still = {"k": {"kernel": kernel, "kernel_lora_scale": np.float32(0.5)}}
+    got = conv3d(x, peft.combine(tree, still)["k"]["kernel"])
+    if inputs <= outputs:  # a convolution to `rank` channels, then a map
+        low = conv3d(x, jnp.asarray(a.reshape(3, 3, 3, inputs, rank)))
+        more = low @ b
+    else:  # a map to `rank` channels, then a convolution
+        more = conv3d(x @ a, jnp.asarray(b.reshape(rank, 3, 3, 3, outputs).transpose(1, 2, 3, 0, 4)))
+    np.testing.assert_allclose(got, conv3d(x, jnp.asarray(kernel)) + 0.5 * more, atol=1e-4)
+
+
+def test_nothing_is_computed_where_everything_trains() -> None:
+    tree = {"a": {"kernel": np.ones(3)}}
+    assert peft.combine(tree, None, None) is tree
+
+
+def test_split_and_combine_are_inverse_and_begin_as_the_network_was() -> None:
+    params = peft.nest({path: jnp.asarray(RNG.normal(size=shape), jnp.float32) for path, shape in SHAPES.items()})
+    division = peft.divide(settings(peft__type="lora"), SHAPES).referring(["backbone/up0/bias", "heads_a/level0/bias"])
+    parts = division.split(params, jax.random.key(0))
+    assert set(peft.flat(parts[2])) == {"backbone/up0/bias"}, "what trains is never referred to"
+    whole = peft.combine(*parts)
+    assert jax.tree.structure(whole) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, whole, params)
+
+
+VIT = {"features": 8, "depth": 2, "heads": 2, "mlp": 16, "patch": (4, 4, 4)}
+
+
+def test_adapters_begin_as_the_identity_in_every_block() -> None:
+    x = jnp.asarray(RNG.normal(size=(2, 8, 8, 8, 1)), jnp.float32)
+    unet = {"features": (4, 8), "convs": 1, "decoder_convs": 1}
+    for name, options, blocks in (
+        ("unet", unet, ("encoder0/block0", "encoder1/block0", "decoder0/block0")),
+        ("vit", {**VIT, "remat": True}, ("encoder/block0", "encoder/block1")),
+    ):
+        backbone = models.build({"name": name, **options}, jnp.float32)
+        model = Model(backbone, {}, Insert("adapter", 3))
+        params = jax.jit(lambda: model.init(jax.random.key(0), x, train=True)["params"])()
+        found = {path.split("/adapter")[0] for path in peft.flat(params) if "/adapter/" in path}
+        assert found == {f"backbone/{block}" for block in blocks}
+        inside = lambda m: jax.jit(lambda p: m.apply({"params": p}, x, method=lambda m, x: m.backbone(x)))(params)  # noqa: E731
+        with_them = jax.jit(lambda p: model.apply({"params": p}, x, method=_pyramid))(params)
+        jax.tree.map(np.testing.assert_array_equal, with_them, inside(model))
+
+
+def _pyramid(model: Any, x: Any) -> Any:
+    return model.insert.call(model.backbone, x)
+
+
+def test_prompt_tokens_are_seen_and_dropped_by_every_block() -> None:
+    x = jnp.asarray(RNG.normal(size=(2, 8, 8, 8, 1)), jnp.float32)
+    model = Model(ViT(**VIT), {}, Insert("prompt", 3))
+    params = model.init(jax.random.key(0), x, train=True)["params"]
+    assert params["backbone"]["encoder"]["block1"]["prompt"].shape == (3, 8)
+    got = model.apply({"params": params}, x, method=_pyramid)[0]
+
+    encoder = params["backbone"]["encoder"]
+    cells = x.reshape(2, 2, 4, 2, 4, 2, 4, 1).transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(2, 8, 64)
+    tokens = cells @ encoder["embed"]["kernel"].reshape(64, 8) + encoder["embed"]["bias"]
+    tokens += encoder["position"].reshape(8, 8)
+    for i in range(2):
+        own = dict(encoder[f"block{i}"])
+        prompt = jnp.broadcast_to(own.pop("prompt"), (2, 3, 8))
+        block = TransformerBlock(2, 16, False, 0.0, 0.0, False, jnp.float32)
+        tokens = block.apply({"params": own}, jnp.concatenate([prompt, tokens], axis=1))[:, 3:]
+    centre = tokens - tokens.mean(-1, keepdims=True)
+    norm = encoder["norm"]
+    want = centre / jnp.sqrt(jnp.square(centre).mean(-1, keepdims=True) + 1e-5) * norm["scale"] + norm["bias"]
+    np.testing.assert_allclose(got.reshape(2, 8, 8), want, atol=1e-4)
+
+
+def test_prompts_and_adapters_that_find_no_block() -> None:
+    x = jnp.zeros((1, 8, 8, 8, 1))
+    unet = models.build({"name": "unet", "features": (4, 8)}, jnp.float32)
+    with pytest.raises(UserError, match="peft.type finds no transformer block"):
+        jax.eval_shape(Model(unet, {}, Insert("prompt", 3)).init, jax.random.key(0), x)
+    with pytest.raises(UserError, match="peft.targets 'backbone/stage.*' matches no block"):
+        jax.eval_shape(Model(unet, {}, Insert("adapter", 3, ("backbone/stage.*",))).init, jax.random.key(0), x)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    return write_recipe(folder / "tiny.py", write_cohort(folder / "cohort"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("base") / "run", seed=3)
+
+
+def test_only_what_trains_changes_and_has_moments(recipe: Path) -> None:
+    step, create, mesh = make(
+        load(recipe, "peft.type=lora", "peft.rank=1", "optim.rules=(('.*up0.*',{'lr':0.}),('.*',{}))")
+    )
+    state = jax.jit(create)()
+    before = jax.device_get(state)
+    for seed in range(2):
+        state, sums = step(state, parallel.put_batch(a_batch(seed=seed), mesh))
+    jax.tree.map(np.testing.assert_array_equal, before.frozen, jax.device_get(state.frozen))
+    trained = peft.flat(state.params)
+    assert {path.rsplit("/", 1)[1] for path in trained if path.startswith("backbone")} == {
+        "kernel_lora_a",
+        "kernel_lora_b",
+    }
+    assert not any("up0" in path for path in trained), "a rule froze it"
+    for path, leaf in peft.flat(before.params).items():
+        moved = np.abs(np.asarray(trained[path]) - leaf).max()
+        assert moved > 0, path
+    # Adam's two moments of what trains, and its count.
+    sizes = sorted(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
+    assert sizes == sorted(2 * [leaf.size for leaf in trained.values()])
+    assert np.isfinite(float(sums["loss"]))
+    # The average evaluates as a network of its own.
+    assert jax.tree.structure(state.eval_params) == jax.tree.structure(jax.eval_shape(make(load(recipe))[1]).params)
+
+
+@pytest.mark.parametrize("method", ["mean_teacher", "cps"])
+def test_it_goes_with_learning_from_unlabelled_cases(recipe: Path, method: str) -> None:
+    """Teachers and second networks are changes of the same base."""
+    config = load(recipe, "peft.type=lora", f"semi.method={method}", "data.labelled=3")
+    step, create, _ = make(config)
+    state = jax.eval_shape(create)
+    after, sums = step.trace(state, a_batch()).out_info
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert "loss" in sums
+    other = state.average if method == "mean_teacher" else state.twin[0]
+    assert jax.tree.structure(other) == jax.tree.structure(state.params)
+
+
+def test_a_frozen_backbone_costs_no_backward(recipe: Path) -> None:
+    def flops(*more: str) -> int:
+        step, create, _ = make(load(recipe, *more))
+        return report.flops(step.trace(jax.eval_shape(create), a_batch()).jaxpr)
+
+    whole, probe = flops(), flops("peft.type=probe")
+    forward = report.flops(
+        jax.make_jaxpr(lambda s: job_model(recipe).apply({"params": s}, a_batch()["image"], train=True))(
+            jax.eval_shape(make(load(recipe))[1]).params
+        )
+    )
+    assert whole > 2.5 * forward
+    assert probe < 1.1 * forward
+
+
+def job_model(recipe: Path) -> Any:
+    return job_lib.open_job(load(recipe)).model
+
+
+@pytest.fixture(scope="module")
+def tuned(recipe: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path, Path]:
+    """(command, base, run folder) of a run of low rank."""
+    folder = tmp_path_factory.mktemp("tuned")
+    shutil.copytree(base, folder / "base")
+    command = [
+        f"--config={recipe}", f"--config.init.source={folder / 'base'}", "--config.peft.type=lora",
+        "--config.peft.rank=1", "--config.peft.alpha=2", "--config.optim.lr=0.1", "--config.train.total=4 steps",
+        "--config.optim.schedule=constant", "--config.eval.pictures=false", "--config.eval.predictions=false",
+        "--config.eval.splits=('val',)",
+    ]  # fmt: skip
+    main.main([*command, f"--workdir={folder / 'run'}"])
+    return command, folder / "base", folder / "run"
+
+
+def test_a_checkpoint_holds_the_change_alone(tuned: Any) -> None:
+    _, source, run = tuned
+    checkpoints = Checkpoints(run, read_only=True)
+    trained, frozen = checkpoints.parameters("latest", 4)
+    meta = checkpoints.meta("latest", 4)
+    stored = peft.flat(checkpoints._stored("latest", 4))
+    checkpoints.close()
+    known = transfer.read(source).params
+    assert set(peft.flat(trained)) & set(known) == {path for path in known if path.startswith("heads_")}
+    assert {path.rsplit("_", 1)[1] for path in peft.flat(frozen)} == {"scale"}, (
+        "what they count, and nothing of the base"
+    )
+    assert not any(path.startswith("base") for path in stored)
+    assert meta["base"]["step"] == 0
+    assert (run / meta["base"]["beside"]).resolve() == source
+
+
+def unmerged(params: dict[str, np.ndarray], factors: Any, x: Any, model: Any) -> Any:
+    """The network with the factors beside its convolutions, not within them."""
+
+    def beside(function: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        y = function(*args, **kwargs)
+        name = "/".join(context.module.path) + "/kernel"
+        if isinstance(context.module, Conv3D) and name + "_lora_a" in factors:
+            a, b = (factors[name + part] for part in ("_lora_a", "_lora_b"))
+            *taps, inputs, outputs = params[name].shape
+            rank = a.shape[1]
+            if len(a) == inputs:
+                kernel = b.reshape(rank, *taps, outputs).transpose(1, 2, 3, 0, 4)
+                y = y + 2.0 * conv3d(args[0] @ a, jnp.asarray(kernel))
+            else:
+                y = y + 2.0 * conv3d(args[0], jnp.asarray(a.reshape(*taps, inputs, rank))) @ b
+        return y
+
+    with nn.intercept_methods(beside):
+        return model.apply({"params": peft.nest(params)}, x)
+
+
+def test_merged_for_inference_the_output_is_the_same(tuned: Any) -> None:
+    """The run as it predicts, against the base with the trained factors beside its convolutions."""
+    _, source, folder = tuned
+    run = predict.Run(folder, kind="latest")
+    checkpoints = Checkpoints(folder, read_only=True)
+    trained = peft.flat(checkpoints.parameters("latest", 4)[0])
+    checkpoints.close()
+    x = jnp.asarray(RNG.normal(size=(1, 16, 16, 16, 1)), jnp.float32)
+    merged = run.model.apply({"params": run.params}, x)["spheres"][0]
+    own = {path: array for path, array in trained.items() if "_lora_" not in path}
+    whole = transfer.read(source).params | own
+    # Maps over cells are no Conv3D: their change is put in here.
+    for path in [p.removesuffix("_lora_a") for p in trained if p.endswith("_lora_a") and ("up" in p or "down" in p)]:
+        a, b = trained[path + "_lora_a"], trained[path + "_lora_b"]
+        whole[path] = whole[path] + 2.0 * np.asarray(peft.change(a, b, whole[path].shape))
+    apart = unmerged(whole, trained, x, run.model)["spheres"][0]
+    scale = float(jnp.abs(merged).max())
+    np.testing.assert_allclose(merged / scale, apart / scale, atol=1e-5)
+    plain = run.model.apply({"params": peft.nest(transfer.read(source).params)}, x)["spheres"][0]
+    assert float(jnp.abs(plain - merged).max()) > 1e-2 * scale, "it has learnt something"
+
+
+def test_resumed_it_ends_bit_identical(tuned: Any, tmp_path: Path) -> None:
+    command, _, run = tuned
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "checkpoints" / "latest" / "4")
+    shutil.rmtree(again / "checkpoints" / "best")
+    main.main([*command, f"--workdir={again}"])
+    assert state_bytes(again) == state_bytes(run)
+
+
+def test_the_base_is_looked_for_and_must_be_what_it_was(tuned: Any, base: Path, tmp_path: Path) -> None:
+    _, source, run = tuned
+    want = predict.Run(run, kind="latest").params
+    # Both moved together.
+    shutil.copytree(source, tmp_path / "base")
+    shutil.copytree(run, tmp_path / "run")
+    source.rename(source.with_name("away"))
+    try:
+        found = predict.Run(tmp_path / "run", kind="latest").params
+        jax.tree.map(np.testing.assert_array_equal, found, want)
+        shutil.rmtree(tmp_path / "base")
+        with pytest.raises(UserError, match="hold a change of .* which is not there"):
+            predict.Run(tmp_path / "run", kind="latest")
+        make_run(tmp_path / "base", seed=4)
+        with pytest.raises(UserError, match="has other weights"):
+            predict.Run(tmp_path / "run", kind="latest")
+    finally:
+        source.with_name("away").rename(source)
+
+
+def test_a_run_may_begin_from_a_change(tuned: Any) -> None:
+    _, _, run = tuned
+    found = transfer.read(run, "latest").params
+    whole = peft.flat(predict.Run(run, kind="latest").params)
+    assert found.keys() == whole.keys()
+    for path, array in found.items():
+        np.testing.assert_array_equal(array, whole[path])
+
+
+def test_a_run_says_what_trains_and_what_stays_at_random(recipe: Path, base: Path, tmp_path: Path, capsys: Any) -> None:
+    main.main(
+        [f"--config={recipe}", f"--config.init.source={base}", "--config.init.skip=('backbone/up0/.*',)",
+         "--config.peft.type=probe", "--config.train.total=1 steps", "--config.eval.pictures=false",
+         "--config.eval.predictions=false", f"--workdir={tmp_path}"]
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert "missing   backbone/up0 (2), at random AND FROZEN" in out
+    assert "trains      " in out
+    assert "probe, 2 of " in out
+    # What no source fills is in the checkpoint.
+    checkpoints = Checkpoints(tmp_path, read_only=True)
+    assert set(peft.flat(checkpoints.parameters("latest", 1)[1])) == {"backbone/up0/kernel", "backbone/up0/bias"}
+    checkpoints.close()
+    predict.Run(tmp_path)
+
+
+# --- depth -----------------------------------------------------------------------------------------------------------
+
+TREE = {
+    "backbone": {
+        "encoder0": {"kernel": jnp.array([1.0, -2.0])},
+        "encoder1": {"kernel": jnp.array([0.5])},
+        "up0": {"kernel": jnp.array([2.0])},
+    },
+    "heads_a": {"kernel": jnp.array([3.0])},
+}
+GRADS = jax.tree.map(lambda p: 0.1 * p + 0.3, TREE)
+
+
+def by_depth(**changes: Any) -> tuple[Any, Any]:
+    config = settings(**changes)
+    division = peft.divide(config, {path: leaf.shape for path, leaf in peft.flat(TREE).items()})
+    duration = lambda text, key: config_lib.steps(text, batch_size=1, n_examples=1, key=key)  # noqa: E731
+    return peft.by_depth(config, division, duration)
+
+
+def test_layer_wise_factors_by_hand() -> None:
+    scales, begins = by_depth(optim__layer_decay=0.5)
+    assert begins is None
+    got = {path: float(v) for path, v in peft.flat(scales).items()}
+    want = {"encoder0": 0.25, "encoder1": 0.5, "up0": 1.0}
+    assert got == {**{f"backbone/{k}/kernel": v for k, v in want.items()}, "heads_a/kernel": 1.0}
+    config = settings(optim__momentum=0.0, optim__weight_decay=0.0, optim__clip=0.0, optim__schedule="constant").optim
+    for name, factor in (("encoder0", 0.25), ("encoder1", 0.5), ("up0", 1.0)):
+        moved = []
+        for tree in (None, scales):
+            tx, _ = optim.build(config, TREE, 10, scales=tree)
+            moved.append(tx.update(GRADS, tx.init(TREE), TREE)[0]["backbone"][name]["kernel"])
+        np.testing.assert_allclose(moved[1], factor * moved[0], rtol=1e-6)
+
+
+def test_a_transformers_factors_are_the_published_ones() -> None:
+    """decay ** (L + 1 - i) for the embedding (i = 0) and blocks 1 to L; 1 for the head."""
+    shapes = {f"backbone/encoder/block{i}/qkv/kernel": (8, 24) for i in range(12)}
+    shapes |= {"backbone/encoder/embed/kernel": (4, 4, 4, 1, 8), "heads_a/dense/kernel": (8, 2)}
+    config = settings(optim__layer_decay=0.75)
+    config.model.name = "vit"
+    scales, _ = peft.by_depth(config, peft.divide(config, shapes), lambda text, key: 0)
+    got = peft.flat(scales)
+    assert got["backbone/encoder/embed/kernel"] == pytest.approx(0.75**13)
+    for i in range(12):
+        assert got[f"backbone/encoder/block{i}/qkv/kernel"] == pytest.approx(0.75 ** (12 - i))
+    assert got["heads_a/dense/kernel"] == 1
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_stage_that_begins_late_is_as_if_training_began_then(name: str) -> None:
+    _, begins = by_depth(optim__decoder_first="2 steps", optim__unfreeze=("4 steps", "1 steps"))
+    config = settings(optim__name=name, optim__lr=0.1, optim__schedule="constant", optim__clip=0.0).optim
+    tx, _ = optim.build(config, TREE, 10, begins=begins)
+    fresh, _ = optim.build(config, TREE, 10)
+    params, state = TREE, tx.init(TREE)
+    history = [params]
+    for _ in range(6):
+        updates, state = tx.update(GRADS, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        history.append(params)
+    for stage, begin in (("encoder0", 4), ("encoder1", 2), ("up0", 0)):
+        took = [tree["backbone"][stage]["kernel"] for tree in history]
+        for before in took[: begin + 1]:
+            np.testing.assert_array_equal(before, TREE["backbone"][stage]["kernel"])
+        alone, moments = TREE, fresh.init(TREE)
+        for got in took[begin + 1 :]:
+            updates, moments = fresh.update(GRADS, moments, alone)
+            alone = jax.tree.map(jnp.add, alone, updates)
+            np.testing.assert_allclose(got, alone["backbone"][stage]["kernel"], rtol=1e-6)
+
+
+def test_what_has_not_begun_does_not_count_in_the_clipped_norm() -> None:
+    _, begins = by_depth(optim__decoder_first="5 steps")
+    config = settings(
+        optim__lr=1.0, optim__schedule="constant", optim__momentum=0.0, optim__weight_decay=0.0, optim__clip=1e-3
+    ).optim
+    tx, _ = optim.build(config, TREE, 10, begins=begins)
+    updates, _ = tx.update(GRADS, tx.init(TREE), TREE)
+    assert float(optax.global_norm(updates)) == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"optim__layer_decay": 0.0}, "optim.layer_decay=0.0 must be in"),
+        ({"optim__unfreeze": ("1 steps",)}, "one duration an encoder stage, from the image on: 2"),
+        ({"optim__decoder_first": "soon"}, "'optim.decoder_first' is 'soon'"),
+        ({"optim__layer_decay": 0.5, "model__name": "mlp"}, "the depth of the stages of model.name 'mlp' is not known"),
+    ],
+)
+def test_depth_that_cannot_be_meant(changes: Any, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        by_depth(**changes)
+    assert words in str(caught.value)
+
+
+def test_late_stages_resume_bit_identical(recipe: Path, tmp_path: Path) -> None:
+    command = [
+        f"--config={recipe}", "--config.optim.decoder_first=1 steps", "--config.optim.unfreeze=('3 steps','2 steps')",
+        "--config.optim.layer_decay=0.5", "--config.train.total=4 steps", "--config.eval.pictures=false",
+        "--config.eval.predictions=false", "--config.eval.splits=('val',)",
+    ]  # fmt: skip
+    main.main([*command, f"--workdir={tmp_path / 'whole'}"])
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "latest" / "4")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "best")
+    main.main([*command, f"--workdir={tmp_path / 'again'}"])
+    assert state_bytes(tmp_path / "again") == state_bytes(tmp_path / "whole")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["optim"]["layer_decay"] == 0.5
