@@ -207,6 +207,45 @@ def comparison(
     _save(figure, path)
 
 
+def lines(
+    series: Mapping[str, Sequence[tuple[float, float, float, float]]],
+    path: str | os.PathLike[str],
+    *,
+    x: str,
+    y: str,
+    title: str = "",
+) -> None:
+    """Draws means with their intervals over a logarithmic axis as a PNG, one line a name.
+
+    Args:
+        series: name -> points (x, mean, low, high), x above 0; what is not finite is left out.
+        path: the PNG; parent folders are made. It is written beside and renamed.
+        x, y: what the axes are called. title: written above.
+    """
+    figure = _figure(9.0, 5.5, face="white")
+    axes = figure.add_subplot()
+    ticks = sorted({point[0] for points in series.values() for point in points})
+    for k, (name, points) in enumerate(series.items()):
+        colour, marker = _DARK[k % len(_DARK)], "os^vD*P"[k // len(_DARK) % 7]
+        # Beside each other, so that no interval hides another.
+        known = [(at * 1.03 ** (k - len(series) / 2), *rest) for at, *rest in points if math.isfinite(rest[0])]
+        axes.plot([p[0] for p in known], [p[1] for p in known], "-", marker=marker, color=colour, label=name)
+        for at, _, low, high in known:
+            if math.isfinite(low) and math.isfinite(high):
+                axes.plot([at, at], [low, high], "-", color=colour, linewidth=1, alpha=0.6)
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(x)
+    axes.set_ylabel(f"{y} (bars: 95 % interval)")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=9, frameon=False, loc="lower right")
+    if title:
+        axes.set_title(title, fontsize=12)
+    figure.set_layout_engine("tight")
+    _save(figure, path)
+
+
 # ---- parts
 
 

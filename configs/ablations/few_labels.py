@@ -1,0 +1,146 @@
+"""What few labels need: hippocampus from 3, 5, 10, 20 or 180 outlined cases, by eight ways, in equal time.
+
+    python -m benchmarks.few_labels                                  # pretraining, all runs, table and curves; hours
+    python -m launch.sweep --config=configs/ablations/few_labels.py:labels=5,arms=scratch+mean_teacher --seeds=3
+
+Every arm has `seconds` of training steps in all. Steps are counted, not timed, so that a run can be repeated: their
+number is `seconds` over what a step of that arm took on two cores of a CPU (`STEP`; `python -m benchmarks.few_labels
+--calibrate` measures them elsewhere). Arms that begin from pretraining spend `pretrain` of their seconds on it, in full
+each, though all of them share one. The validation cases are looked at once, after the last step.
+
+| arm | |
+|---|---|
+| `scratch` | the labelled cases alone |
+| `synthseg` | images painted from their label maps (Billot et al. 2023), never the images themselves |
+| `synthseg_half` | half of the examples painted |
+| `mean_teacher` | the other training cases too, without labels |
+| `mae` | begun from a masked autoencoder of all 180 training images and of brains of other contrasts |
+| `mae_mean_teacher` | both |
+| `lora` | begun likewise; low-rank changes of the network and a new head are trained |
+| `probe`, `probe_random` | the encoder stays as pretrained, or as drawn at random; decoder and head are trained |
+
+Arguments: `labels=3+5+10+20+180`, `arms=scratch+mae+...`, `seconds=240`, `pretrain=0.5`, `pretrained=FOLDER` (with
+`{seed}`), `data=FOLDER` (beside it lies `brain_unlabelled`), `arm=NAME` (one of the arms, or `pretrain`), `debug`
+(a few steps).
+"""
+
+import os
+
+from ml_collections import ConfigDict
+
+from configs import hippocampus
+from medjax.config import parse_arg
+
+# Seconds of a step of each arm: 2 cores (AVX-512), float32.
+STEP = {
+    "pretrain": 0.5,
+    "scratch": 0.5,
+    "synthseg": 0.5,
+    "synthseg_half": 0.5,
+    "mean_teacher": 0.7,
+    "mae": 0.5,
+    "mae_mean_teacher": 0.7,
+    "lora": 0.5,
+    "probe": 0.5,
+    "probe_random": 0.5,
+}
+ARMS = tuple(STEP)[1:]
+PRETRAINED = ("mae", "mae_mean_teacher", "lora", "probe")
+ALL = 180  # training cases
+OUT = "runs/few_labels"
+PAINTED = {
+    "synthseg": (("synthseg", {"mirror": (0,)}),),
+    "synthseg_half": (
+        ("mirror", {"axes": (0,)}),
+        ("affine", {"p": 0.5, "rotate": 15.0, "scale": 0.15}),
+        ("elastic", {"p": 0.5, "points": 8, "std": (0.0, 3.0)}),
+        ("paint", {"p": 0.5, "mean": (0.1, 0.9), "std": (0.02, 0.1)}),
+        ("bias", {"p": 0.5, "std": 0.5, "points": 6}),
+        ("gamma", {"p": 0.3}),
+        ("noise", {"p": 0.1}),
+        ("standardize", {}),
+    ),
+}
+ENCODER = r"backbone/(encoder|down)\d+.*"
+
+
+def read(arg):
+    return parse_arg(
+        arg,
+        debug=False,
+        data="",
+        arm="scratch",
+        arms="+".join(ARMS),
+        labels="3+5+10+20+180",
+        seconds=240.0,
+        pretrain=0.5,
+        pretrained=f"{OUT}/pretrained/seed{{seed}}",
+    )
+
+
+def get_config(arg=None):
+    arg = read(arg)
+    config = hippocampus.get_config(f"data={arg.data}" if arg.data else None)
+    labels = int(arg.labels.split("+")[0])
+    share = arg.pretrain if arg.arm == "pretrain" else 1 - arg.pretrain if arg.arm in PRETRAINED else 1.0
+    steps = 4 if arg.debug else max(1, round(share * arg.seconds / STEP[arg.arm]))
+    every = f"{steps} steps"
+    config.train = ConfigDict(
+        {"total": every, "eval_every": every, "checkpoint_every": every, "log_every": f"{max(1, steps // 10)} steps"}
+    )
+    config.train.eval_cases = 1
+    config.optim.warmup = f"{steps // 10} steps"
+    config.eval = ConfigDict({"splits": ("val",), "mirror": (0,), "predictions": False, "pictures": False})
+    if arg.debug:
+        config.model.features = (4, 8, 16)
+        config.data.patch = (24, 24, 24)
+    if arg.arm == "pretrain":
+        return pretraining(config, arg)
+    config.data.labelled, config.data.unlabelled = (0 if labels >= ALL else labels), False
+    if arg.arm in PRETRAINED:
+        config.init = ConfigDict({"source": arg.pretrained, "which": "latest"})
+    if arg.arm in ("probe", "probe_random"):
+        config.optim.rules = (
+            (ENCODER, {"lr": 0.0}),
+            (r".*/kernel", {"lr": 1.0, "decay": 1.0}),
+            (r".*", {"lr": 1.0, "decay": 0.0}),
+        )
+    if arg.arm == "probe":  # what is compared is the encoder: both decoders begin at random
+        config.init.skip = (r"backbone/(decoder|up)\d+.*",)
+    if arg.arm in ("mean_teacher", "mae_mean_teacher"):
+        config.data.unlabelled, config.data.sampling = True, ConfigDict({"labelled": 0.5 if labels < ALL else 0.0})
+        config.semi = ConfigDict({"method": "mean_teacher", "weight": 5.0, "rampup": f"{2 * steps // 5} steps"})
+        config.semi.cases = "unlabelled" if labels < ALL else "all"
+    if arg.arm in ("synthseg", "synthseg_half"):
+        config.augment = ConfigDict({"transforms": PAINTED[arg.arm]})
+    if arg.arm == "lora":
+        lora(config)
+    return config
+
+
+def pretraining(config, arg):
+    """Every training image of the cohort and the brains that lie beside it; the whole network is pretrained."""
+    brains = os.path.join(os.path.dirname(config.data.cohort), "brain_unlabelled")
+    config.data.extra = ConfigDict({"folder": brains, "modality": "MRI"})
+    config.data.skip_unreadable, config.data.foreground = True, 0.0
+    config.augment = ConfigDict({"mirror": (0,), "affine": {"p": 0.3, "rotate": 15.0, "scale": 0.15}})
+    config.tasks = ConfigDict({"mae": {"type": "masked", "block": (8, 8, 8), "ratio": 0.6, "decoder": "backbone"}})
+    config.optim.ema = 0.0
+    return config
+
+
+def lora(config):
+    """At most 5 % of the parameters: low-rank changes of every kernel, norms, and the head in full."""
+    config.peft = ConfigDict({"type": "lora", "rank": 3, "alpha": 6.0, "train": ("heads", r"backbone/.*(scale|bias)")})
+
+
+def sweep(arg=None):
+    """A variant an arm and number of labels; `scratch` first, number by number."""
+    given = read(arg)
+    flags = [f"{key}={given[key]}" for key in ("data", "seconds", "pretrain", "pretrained") if given[key]]
+    flags += ["debug"] if given.debug else []
+    return [
+        {"name": f"{arm}_{labels}", "arg": ",".join([f"arm={arm}", f"labels={labels}", *flags])}
+        for labels in given.labels.split("+")
+        for arm in given.arms.split("+")
+    ]
