@@ -14,6 +14,8 @@ import argparse
 import csv
 import json
 import math
+import os
+import platform
 import re
 import subprocess
 import sys
@@ -206,11 +208,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         pretrained = f"pretrained={args.out}/pretrained/seed{{seed}}"
         whole = ",".join(filter(None, [given_arg, f"arms={given.arms}", pretrained]))
         run(["launch.sweep", f"--config={recipe}:{whole}", f"--seeds={args.seeds}", f"--out={args.out / 'arms'}"])
-    spent = f"{duration(given.seconds)} of training steps an arm and seed"
-    if set(arms) & set(module.PRETRAINED):
-        spent += f", {given.pretrain:.0%} of it pretraining where there is any"
-    command = " ".join(["python -m benchmarks.few_labels", *(sys.argv[1:] if argv is None else argv)])
-    report(args.out, module.ARMS, [f"`{command}`: {spent}, {args.seeds} seeds."], args.page)
+        spent = "a few steps" if given.debug else f"{duration(given.seconds)} of training steps an arm and seed"
+        if set(arms) & set(module.PRETRAINED) and not given.debug:
+            spent += f", {given.pretrain:.0%} of it pretraining where there is any"
+        command = " ".join(["python -m benchmarks.few_labels", *(sys.argv[1:] if argv is None else argv)])
+        write_atomic(args.out / "about.md", f"`{command}`: {spent}; {platform.machine()}, {os.cpu_count()} cores.\n")
+    about = (args.out / "about.md").read_text().splitlines() if (args.out / "about.md").is_file() else []
+    report(args.out, module.ARMS, about, args.page)
     return None
 
 

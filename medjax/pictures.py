@@ -228,7 +228,7 @@ def lines(
     for k, (name, points) in enumerate(series.items()):
         colour, marker = _DARK[k % len(_DARK)], "os^vD*P"[k // len(_DARK) % 7]
         # Beside each other, so that no interval hides another.
-        known = [(at * 1.03 ** (k - len(series) / 2), *rest) for at, *rest in points if math.isfinite(rest[0])]
+        known = [(at * 1.03 ** (k - (len(series) - 1) / 2), *rest) for at, *rest in points if math.isfinite(rest[0])]
         axes.plot([p[0] for p in known], [p[1] for p in known], "-", marker=marker, color=colour, label=name)
         for at, _, low, high in known:
             if math.isfinite(low) and math.isfinite(high):
@@ -239,7 +239,7 @@ def lines(
     axes.set_xlabel(x)
     axes.set_ylabel(f"{y} (bars: 95 % interval)")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=9, frameon=False, loc="lower right")
+    axes.legend(fontsize=9, frameon=False, loc="best")
     if title:
         axes.set_title(title, fontsize=12)
     figure.set_layout_engine("tight")

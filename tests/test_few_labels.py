@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 from test_compare import noisy, write_run
 
@@ -14,9 +17,10 @@ from benchmarks import few_labels
 from configs.ablations import few_labels as study
 from launch import sweep
 from medjax import config as config_lib
-from medjax import models, tasks
+from medjax import models, peft, tasks
 from medjax.data import dataset
 from medjax.errors import UserError
+from medjax.models.model import build_model
 
 REPO = Path(__file__).resolve().parents[1]
 RECIPE = str(REPO / study.__file__)
@@ -55,6 +59,17 @@ def test_only_semi_supervision_sees_images_without_labels() -> None:
         if few.semi.method:
             assert (few.data.sampling.labelled, few.semi.cases) == (0.5, "unlabelled")
             assert (all_.data.sampling.labelled, all_.semi.cases) == (0.0, "all")
+
+
+def test_lora_trains_a_twentieth_at_most(data_root: Path) -> None:
+    config = resolved(f"arm=lora,data={data_root / 'hippocampus'}")
+    built = tasks.build(config.tasks, {"anterior": 1, "posterior": 2})
+    model, x = build_model(config, built), jnp.zeros((1, *config.data.patch, 1))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=True)["params"])
+    division = peft.divide(config, {path: leaf.shape for path, leaf in peft.flat(shapes).items()})
+    factors = sum(math.prod(f.a) + math.prod(f.b) for f in division.factors.values())
+    trained = factors + sum(math.prod(division.shapes[path]) for path in division.trained)
+    assert 0.02 < trained / sum(map(math.prod, division.shapes.values())) <= 0.05
 
 
 @pytest.mark.parametrize("arg", ["", "labels=5+10,arms=scratch+lora,seconds=60,debug"])
