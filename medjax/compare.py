@@ -48,7 +48,6 @@ ELSEWHERE = (
 )
 _ASIDE = {"checkpoints", "eval", "tensorboard", "compare", "predictions"}
 _SHOWN = 3  # metrics of a task in the report; metrics.csv has all
-_FEW = 6  # patients: with fewer Wilcoxon's two-sided p cannot fall below 0.05
 
 
 @dataclass(frozen=True)
@@ -448,8 +447,13 @@ def report(
         f"Mean [95 % interval over {seeds}]; difference from the baseline, **{baseline}**; p of Wilcoxon's signed-rank "
         "test over patients, corrected by Holm for the experiments of a table.",
     ]
-    if patients < _FEW:
-        lines += ["", f"{patients} patients: too few for any difference to be significant at 0.05."]
+    # All differences of one sign: the smallest two-sided p that n patients can give, and what Holm makes of it.
+    least = max(1, len(experiments) - 1) * 2.0 ** (1 - patients)
+    if patients and len(experiments) > 1 and least > 1 - LEVEL:
+        lines += [
+            "",
+            f"{patients} patients, {len(experiments)} experiments: no p here can be below {min(1.0, least):.2g}.",
+        ]
     for task, metric in shown(rows):
         lines += [
             "",
@@ -480,11 +484,20 @@ def report(
     for e in experiments:
         if e is not first:
             a, b = (_without(x.runs[0].config, (*REPEATS, *ELSEWHERE, "name")) for x in (first, e))
-            lines.append(f"- {e.name}: {'; '.join(config_lib.difference(a, b)) or 'nothing but the name'}")
+            # An option that only one of two backbones has differs for that alone.
+            found = [x for x in config_lib.difference(a, b) if None not in (_at(a, x), _at(b, x))]
+            lines.append(f"- {e.name}: {'; '.join(found) or 'nothing but the name'}")
     if left:
         lines += ["", "## Left out: not evaluated on this split", ""]
         lines += [f"- {folder}: {why}" for folder, why in left.items()]
     return "\n".join(lines) + "\n"
+
+
+def _at(config: Any, line: str) -> Any:
+    """The value of the key that a line of `config.difference` is about; None where there is none."""
+    for key in line.partition(": ")[0].split("."):
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config
 
 
 def shown(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -514,7 +527,7 @@ def _cost_cells(e: Experiment) -> list[str]:
         "-" if train is None else duration(train),
         "-" if evaluation is None else duration(evaluation),
         "-" if parameters is None else f"{parameters / 1e6:.3g} M",
-        "-" if size is None else f"{size / 1e9:.2f} GB",
+        "-" if size is None else f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e6:.1f} MB",
     ]
 
 

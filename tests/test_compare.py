@@ -185,12 +185,23 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert text.index("| wide | 2 | 0.") < text.index("| base | 2 | 0.")
     assert "- wide: optim.lr: 0.1 -> 0.3" in text
     assert "0:04" in text
+    assert "no p here can be" not in text
     table = list(csv.DictReader((tmp_path / "compare" / "metrics.csv").open()))
     assert [(r["experiment"], r["class"]) for r in table] == [(e, k) for e in ("wide", "base") for k in ("", *CLASSES)]
     assert len(list(csv.DictReader((tmp_path / "compare" / "runs.csv").open()))) == 4
     assert (tmp_path / "compare" / "dice.png").stat().st_size > 10_000
     # Of the whole folder again: the report itself is no run.
     compare.main([str(tmp_path), "--baseline=seed0", "--to", str(tmp_path / "again")])
+
+
+def test_too_few_patients_for_a_test_are_told(tmp_path: Path) -> None:
+    for name in ("base", "x", "y"):
+        model = {"name": name, "features": 4} | ({"window": 7} if name == "y" else {})
+        write_run(tmp_path / name, noisy(0.6, 0), name=name, cases=range(5), model=model)
+    compare.main([str(tmp_path)])
+    text = (tmp_path / "compare" / "summary.md").read_text()
+    assert "5 patients, 3 experiments: no p here can be below 0.12." in text  # 2 x 2 / 2^5
+    assert "- y: model.name: base -> y\n" in text
 
 
 def test_refusals(tmp_path: Path) -> None:
