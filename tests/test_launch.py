@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import write_cohort, write_recipe
 
 from launch import common, gke, local, slurm, tpu_vm
 from medjax.errors import UserError
@@ -262,6 +264,35 @@ def test_slurm_array_requeues_its_elements(
     subprocess.run(["scontrol", "update", f"JobId={job}_1", "StartTime=now"], check=True)
     until(lambda: "turn 1" in logs[1].read_text())
     subprocess.run(["scancel", job], check=True)
+
+
+@pytest.mark.slurm
+def test_slurm_trains_on_two_tasks_through_a_preemption(
+    cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "tiny.py", write_cohort(tmp_path / "cohort"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    run = tmp_path / "run"
+    train = {"total": "600 steps", "eval_every": "600 steps", "checkpoint_every": "600 steps"}
+    more = [f"--config.train.{k}={v}" for k, v in train.items()]
+    slurm.main(["--tasks-per-node=2", "--time=20", "--", f"--config={recipe}", f"--workdir={run}", *more])
+    found = re.search(r"batch job (\d+)", capsys.readouterr().out)
+    assert found is not None
+    job, log = found[1], tmp_path / "slurm" / f"tiny-{found[1]}.log"
+    until(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 3, 280)
+    subprocess.run(["scancel", "--signal=TERM", job], check=True)
+    until(lambda: queue(job) == "PENDING", 90)
+    assert f"job {job} is queued again, and resumes" in log.read_text()
+    before = len((run / "metrics.jsonl").read_text().splitlines())
+    assert before < 600
+    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
+    until(lambda: queue(job) not in ("PENDING", "RUNNING", "CONFIGURING"), 280)
+    until(lambda: "JobState=COMPLETED" in shown(job))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 601))  # none lost, none twice
+    assert json.loads((run / "eval" / "test" / "summary.json").read_text())["checkpoint"]["step"] == 600
 
 
 # ---- Kubernetes
