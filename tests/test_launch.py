@@ -192,6 +192,12 @@ def queue(job: str) -> str:
     ).stdout.strip()
 
 
+def start_now(job: str) -> None:
+    """Starts a requeued job, which SLURM holds back for two minutes; before its last turn has ended it would be lost."""
+    time.sleep(5)
+    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
+
+
 # Stands for medjax.main: the first turn works till it is told to stop and saves, the second finishes.
 TURNS = """#!/bin/bash
 echo "turn ${SLURM_RESTART_COUNT:-0}, process $SLURM_PROCID of $SLURM_NTASKS: ${*: -1}"
@@ -221,7 +227,7 @@ def test_slurm_requeues_a_preempted_run(
     until(lambda: queue(job) == "PENDING")
     assert log.read_text().count("saved") == 2
     assert f"job {job} is queued again, and resumes" in log.read_text()
-    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)  # SLURM waits two minutes
+    start_now(job)
     until(lambda: log.read_text().count("turn 1") == 2)
     assert "turn 1, process 1 of 2: --workdir=runs/x" in log.read_text()
     until(lambda: queue(job) in ("", "COMPLETED", "COMPLETING"))
@@ -261,7 +267,7 @@ def test_slurm_array_requeues_its_elements(
     assert queue(f"{job}_0") == "RUNNING"
     assert f"job {job}_1 is queued again" in logs[1].read_text()
     assert "saved" not in logs[0].read_text()
-    subprocess.run(["scontrol", "update", f"JobId={job}_1", "StartTime=now"], check=True)
+    start_now(f"{job}_1")
     until(lambda: "turn 1" in logs[1].read_text())
     subprocess.run(["scancel", job], check=True)
 
@@ -287,9 +293,8 @@ def test_slurm_trains_on_two_tasks_through_a_preemption(
     assert f"job {job} is queued again, and resumes" in log.read_text()
     before = len((run / "metrics.jsonl").read_text().splitlines())
     assert before < 600
-    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
-    until(lambda: queue(job) not in ("PENDING", "RUNNING", "CONFIGURING"), 280)
-    until(lambda: "JobState=COMPLETED" in shown(job))
+    start_now(job)
+    until(lambda: "JobState=COMPLETED" in shown(job), 280)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 601))  # none lost, none twice
     assert json.loads((run / "eval" / "test" / "summary.json").read_text())["checkpoint"]["step"] == 600

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_launch import cluster, until  # noqa: F401  (a fixture)
+from test_launch import cluster, shown, start_now, until  # noqa: F401  (a fixture)
 
 from launch import sweep
 from launch.work import Work
@@ -307,12 +307,8 @@ def test_a_sweep_through_submitit(
     until(lambda: works[1].status()["state"] == "queued" and (tmp_path / "f").exists(), 60)
     job = works[1].status()["job"]
     until(lambda: "JobState=PENDING" in shown(job), 30)
-    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
+    start_now(job)
     sweep.run_slurm(works, tmp_path, 1, options, 2, wait=True)
     assert states(works) == ["done", "done", "failed", "failed"]
     assert [w.status()["tries"] for w in works] == [0, 0, 2, 1]
     assert works[1].status()["turns"] == 1
-
-
-def shown(job: str) -> str:
-    return subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=False).stdout
