@@ -193,7 +193,7 @@ def queue(job: str) -> str:
 
 
 def start_now(job: str) -> None:
-    """Starts a requeued job, which SLURM holds back for two minutes; before its last turn has ended it would be lost."""
+    """Starts a requeued job, which SLURM holds back for two minutes; one whose last turn still ends would be lost."""
     time.sleep(5)
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
 
