@@ -39,7 +39,7 @@ def defaults() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.cohort = ""  # a folder, a manifest (.csv, .json), or 'synthetic_brain'; docs/bring_your_own_data.md
-    c.data.layout = ""  # nnunet, msd, bids, manifest, folder; empty: told by what is there
+    c.data.layout = ""  # nnunet, msd, bids, manifest, folder, files; empty: told by what is there
     c.data.options = ConfigDict()  # arguments of the generator, for a synthetic cohort
     c.data.images = ConfigDict()  # modality -> manifest's column, pattern '{case}/t1.nii.gz', or BIDS name 'T1w'
     c.data.modalities = ()  # order of the channels; empty: the source's own, else by name
@@ -51,6 +51,8 @@ def defaults() -> ConfigDict:
     c.data.id = "id"  # column of the case's name; for patterns also a template, such as '{patient}-{frame}'
     c.data.group = ""  # patient, which no split cuts through: a column, a template, or a regex for case ids
     c.data.exclude = ()  # ids or patients that are left out
+    c.data.extra = ConfigDict({"folder": "", "modality": ""})  # volumes without targets to train on as well
+    c.data.skip_unreadable = False  # leave out cases whose files cannot be used, and list them; else the first raises
     c.data.split = ConfigDict({"file": "", "column": "", "folds": 0, "fold": 0, "test": 0.0, "stratify": ""})
     c.data.labelled = 0  # training patients whose labels are used, 5 of them among 10; 0: all
     c.data.unlabelled = True  # whether the others stay, without labels

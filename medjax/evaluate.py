@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from medjax import faults, processes, report
+from medjax import faults, pretext, processes, report
 from medjax.data import cohort as cohorts
 from medjax.data import dataset, nifti, preprocess
 from medjax.errors import UserError, write_atomic
@@ -32,6 +32,7 @@ def quick_scores(
     share: tuple[int, int] = (0, 1),
     stop: Callable[[], bool] = lambda: False,
     contribute: bool = True,
+    examiner: pretext.Examiner | None = None,
 ) -> dict[str, float]:
     """Scores of prepared cases on their own grid, while training.
 
@@ -39,6 +40,7 @@ def quick_scores(
       share: (i, n): of n processes (or groups) this is the i-th and predicts cases i, i + n...; all get all scores.
       stop: asked before each turn, by each process equally often; True raises `faults.Preempted`.
       contribute: whether what this process finds counts; of those that share their cases one does.
+      examiner: of the self-supervised tasks, where there are any.
 
     Returns:
       'score', by which checkpoints are compared: the mean of the tasks' own (of masks, Dice); and what it is made of:
@@ -46,7 +48,7 @@ def quick_scores(
     """
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in predictor.tasks}
     index, ways = share
-    for turn in range(-(-len(cases) // ways)):
+    for turn in range(-(-len(cases) // ways) if predictor.tasks else 0):
         if stop():
             raise faults.Preempted
         number = turn * ways + index
@@ -64,14 +66,17 @@ def quick_scores(
             found = task.score(decoded, reference, case.geometry.spacing)
             rows[name] += [{"case": number, "group": number, **row} for row in found]
     rows = _gathered("validation", rows if contribute else {}, key=lambda row: row["case"])
+    examined = examiner.rows(params) if examiner else {}
+    rows |= examined
+    judged = predictor.tasks | {name: examiner.tasks[name] for name in examined if examiner}
     scores: dict[str, float] = {}
     selected = []
-    for name, task in predictor.tasks.items():
+    for name, task in judged.items():
         if not rows[name]:
             continue
         summary = task.summarize(rows[name], resamples=0)
         selected.append(task.selection(summary))
-        lead = "" if len(predictor.tasks) == 1 else f"{name}/"
+        lead = "" if len(judged) == 1 else f"{name}/"
         for metric, value in summary.items():
             if value["mean"] is not None:
                 scores[f"{lead}{metric}"] = value["mean"]
@@ -126,12 +131,16 @@ def evaluate_split(run: Run, split: str, cases: Sequence[cohorts.Case], folder: 
     folder.mkdir(parents=True, exist_ok=True)
     predictor = run.predictor([run.plan.prepared_shape(case) for case in cases])
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in run.tasks}
+    examiner = pretext.Examiner(run.config, run.model, run.pretext) if run.pretext else None
+    judged = run.tasks | run.pretext
     progress = Progress(f"evaluating {split}", len(cases))
     tables: dict[str, list[dict[str, Any]]] = {name: [] for name, task in run.tasks.items() if task.kind != "dense"}
     # Each process predicts, scores and writes its own cases; the rows meet at the end.
     turns, order = processes.count(), {case.id: number for number, case in enumerate(cases)}
     for number, (case, load) in enumerate(read_ahead(cases[processes.index() :: turns], run.plan), 1):
         prepared, like = load()
+        if examiner:
+            examiner.add(prepared, case.id, case.group, order[case.id])
         probabilities = predictor(run.params, prepared.image)
         outputs = output_files(run, folder / "predictions", case.id)
         for name, task in run.tasks.items():
@@ -151,6 +160,8 @@ def evaluate_split(run: Run, split: str, cases: Sequence[cohorts.Case], folder: 
             rows[name] += [{"case": case.id, "group": case.group, **row} for row in found]
         progress.update(min(number * turns, len(cases)), case.id)
     progress.close()
+    if examiner:
+        rows |= examiner.rows(run.params)
     rows = _gathered(f"scores of {split}", rows, key=lambda row: order[row["case"]])
     tables = _gathered(f"tables of {split}", tables, key=lambda row: order[row["case"]])
     if not processes.primary():
@@ -162,9 +173,9 @@ def evaluate_split(run: Run, split: str, cases: Sequence[cohorts.Case], folder: 
     if not any(rows.values()):
         say(f"{split}: {len(cases)} cases predicted; none has a reference to score against")
         return {}
-    several = len(run.tasks) > 1
+    several = len(judged) > 1
     metrics: dict[str, Any] = {}
-    for name, task in run.tasks.items():
+    for name, task in judged.items():
         if rows[name]:
             metrics |= {f"{name}/{k}" if several else k: v for k, v in task.summarize(rows[name]).items()}
     every = [{"case": r["case"], "group": r["group"], "task": name, **r} for name, v in rows.items() for r in v]
@@ -180,6 +191,8 @@ def evaluate_split(run: Run, split: str, cases: Sequence[cohorts.Case], folder: 
     write_table(every, folder / "cases.csv")
     write_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     if options.pictures:
+        if examiner:
+            examiner.draw(run.params, folder)
         draw(run, predictor, cases, rows, folder)
     say_summary(summary, folder)
     return summary

@@ -46,6 +46,8 @@ def open_job(config: ConfigDict) -> Job:
         raise UserError(f"config: data.split gives cohort '{cohort.name}' no 'train' split; it gives {list(splits)}")
     evaluate.splits_to_evaluate(config, splits)
     job = tasks.build(config.tasks, cohort.labels)
+    for task in tasks.self_supervised(job).values():
+        task.check(config.data.patch)
     total = steps_of(config, "train.total", len(splits["train"]))
     plan = preprocess.fit(config.data.preprocess, cohort, splits["train"])
     model = build_model(config, job)
@@ -94,7 +96,8 @@ def prepare_sources(config: ConfigDict, job: Job) -> dict[str, pipeline.Source]:
             function: Callable = dataset.prepare if split in kept else dataset.check
             prepared[split] = function(job.plan, job.splits[split], config.data.workers, progress.update)
             progress.close()
-    sources = {name: pipeline.Source(prepared[name], tuple(job.tasks), job.plan.ignore) for name in kept}
+    labelled = tuple(name for name, task in job.tasks.items() if task.kind != "pretext")
+    sources = {name: pipeline.Source(prepared[name], labelled, job.plan.ignore) for name in kept}
     if not config.data.buckets:
         shapes = [case.image.shape[:3] for case in sources["train"].cases]
         sampler.check_filled(config.data.patch, shapes, job.model.backbone.total_factor())

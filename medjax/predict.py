@@ -47,7 +47,8 @@ class Predictor:
     ) -> None:
         from medjax.ops.windows import SlidingWindow
 
-        self.tasks = job
+        # What is only learnt from predicts nothing.
+        self.tasks = job = {name: task for name, task in job.items() if task.kind != "pretext"}
         # What is said of voxels, and what of a case as a whole; each in the order of the network's output channels.
         self._dense = {name: task for name, task in job.items() if task.kind != "case"}
         self._whole = {name: task for name, task in job.items() if task.kind == "case"}
@@ -68,6 +69,8 @@ class Predictor:
             for axis in range(3):
                 odd[axis].extend(first + channel for channel in task.odd[axis])
             first += task.outputs
+        if not self.tasks:
+            return
         self._window = SlidingWindow(
             apply,
             tuple(config.data.patch),
@@ -84,6 +87,8 @@ class Predictor:
 
     def __call__(self, params: Any, image: np.ndarray) -> dict[str, np.ndarray]:
         """Prepared image [X, Y, Z, C] -> task -> probabilities float32, read-only: [X, Y, Z, K], or [K] of a case."""
+        if not self.tasks:
+            return {}
         if not self._whole:
             return self._window(params, image)
         found, whole = self._window(params, image)
@@ -123,8 +128,10 @@ class Run:
             self.config.eval.update(dict(eval_options or {}))
         self.plan = preprocess.Plan.from_json(meta["plan"])
         self.labels = meta["labels"]
-        self.tasks = tasks.build(self.config.tasks, self.labels)
-        self.model = build_model(self.config, self.tasks)
+        built = tasks.build(self.config.tasks, self.labels)
+        self.model = build_model(self.config, built)
+        self.pretext = tasks.self_supervised(built)
+        self.tasks = {name: task for name, task in built.items() if name not in self.pretext}
         patch = (1, *self.config.data.patch, len(self.plan.modalities))
         shapes = jax.eval_shape(lambda: self.model.init(jax.random.key(0), jnp.zeros(patch), train=True)["params"])
         # Of several processes each evaluates and predicts on its own devices.
@@ -270,6 +277,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     given = {"overlap": args.overlap, "mirror": None if args.mirror is None else tuple(args.mirror)}
     run = Run(args.run, kind=args.checkpoint, eval_options={k: v for k, v in given.items() if v is not None})
+    if not run.tasks:
+        raise UserError(
+            f"{args.run}: the run has only self-supervised tasks ({', '.join(run.pretext)}), which predict nothing of "
+            "new scans. Fine-tune it first (docs/pretraining.md)."
+        )
     found, refused = find_inputs(args.input, run.plan.modalities, allow_missing=run.plan.missing == "zero")
     numbered = any(stem(f).endswith("_0000") for images in found.values() for f in images.values())
     if numbered and len(run.plan.modalities) > 1:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
 from medjax import config as config_lib
-from medjax import optim, parallel, peft, transfer
+from medjax import optim, parallel, peft, tasks, transfer
 from medjax import semi as semi_lib
 from medjax.augment import policy
 from medjax.errors import UserError
@@ -191,10 +191,10 @@ def make_train_step(
     semi = make_semi(config, job)
     decay = semi_lib.average_decay(config)
 
-    def network(still: Sequence[Any], params: Any, image: Any, key: Any, train: bool = True) -> Any:
+    def network(still: Sequence[Any], params: Any, image: Any, key: Any, train: bool = True, views: Any = None) -> Any:
         variables = {"params": peft.combine(params, *still)}
         with native.divisible(mesh.shape["space"]):
-            return job.model.apply(variables, image, train=train, rngs={"dropout": key})
+            return job.model.apply(variables, image, train=train, views=views, rngs={"dropout": key})
 
     def supervised(outputs: Any, batch: dict[str, Any], share: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         total, sums = 0.0, {}
@@ -211,14 +211,15 @@ def make_train_step(
     ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
         (params, log_variances, second), (teacher, *still) = trained, others
         forward = functools.partial(network, still)
-        outputs = forward(params, batch["image"], key)
+        views = tasks.views(job.tasks, batch)
+        outputs = forward(params, batch["image"], key, views=views)
         total, sums = supervised(outputs, batch, share)
         parts = {f"loss/{name}": value for name, value in sums.items()} if len(sums) > 1 else {}
         extra: Any = 0.0
         if semi:
             other = params if teacher is None else teacher
             if second is not None:
-                other = forward(second, batch["image"], jax.random.fold_in(key, _TWIN))
+                other = forward(second, batch["image"], jax.random.fold_in(key, _TWIN), views=views)
                 extra += supervised(other, batch, share)[0]
             more, found = semi.loss(forward, outputs, other, batch, share, key, number)
             extra, parts = extra + more, parts | found

@@ -17,15 +17,17 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from medjax import config as config_lib
-from medjax import evaluate, faults, parallel, peft, pictures, processes, report, runtime, transfer
+from medjax import evaluate, faults, parallel, peft, pictures, pretext, processes, report, runtime, tasks, transfer
 from medjax.checkpoint import Checkpoints
 from medjax.data import pipeline, sampler
+from medjax.data.cases import Cohort
 from medjax.errors import Resumable, UserError, write_atomic
 from medjax.job import Job, bucket_shapes, fit_tasks, open_job, prepare_sources, steps_of
 from medjax.logging import Metrics, Progress, duration, say
 from medjax.models.model import parameter_count
 from medjax.ops import native
 from medjax.ops.native.cpus import usable_cpus
+from medjax.predict import write_table
 from medjax.step import State, abstract_state, divide, make_state, make_train_step, refer, shardings, start_from
 
 
@@ -60,6 +62,7 @@ def _train(
     parallel.check_mode(config.parallel, mesh)
     parallel.check_batch(config.data.batch_size, config.optim.accumulate, mesh)
     job = open_job(config)
+    say_skipped(job.cohort, workdir)
     sampler.check_multiple(config.data.patch, job.model.backbone.total_factor())
     parallel.check_space(config.data.patch, job.model.backbone.total_factor(), mesh)
     every = intervals(config, len(job.splits["train"]))
@@ -163,6 +166,8 @@ def _train(
         assert validation is not None
         scores = validation(state.eval_params, preemption.reached, watchdog)
         metrics.write(number, {f"val/{k}": v for k, v in scores.items()})
+        for name, picture in validation.draw(state.eval_params, workdir / "pretext", number).items():
+            metrics.image(number, name, picture)
         if history["best"] is None or scores["score"] > history["best"]:
             history.update({"best": scores["score"], "best_step": number, "stale": 0})
             save("best", number)
@@ -264,6 +269,11 @@ class Validation:
         # Of several processes each scores a part of the cases, on its own devices.
         self._group, self._share = parallel.group_mesh(mesh), parallel.row_share(mesh)
         self._predictor = evaluate.Predictor(config, job.model, job.tasks, shapes, self._group)
+        own = tasks.self_supervised(job.tasks)
+        self._examiner = pretext.Examiner(config, job.model, own) if own else None
+        if self._examiner:
+            for number, case in enumerate(self._cases):
+                self._examiner.add(case, number, number, number)
 
         def losses(params: Any, batch: dict[str, Any]) -> dict[str, Any]:
             params, batch = parallel.whole(params, mesh), parallel.spread(batch, mesh)
@@ -271,8 +281,11 @@ class Validation:
             for task in job.tasks.values():
                 batch = task.prepare(key, batch)
             # As in training, deep supervision included; what is random is the same every time.
+            views = tasks.views(job.tasks, batch)
             with native.divisible(mesh.shape["space"]):
-                outputs: Any = job.model.apply({"params": params}, batch["image"], train=True, rngs={"dropout": key})
+                outputs: Any = job.model.apply(
+                    {"params": params}, batch["image"], train=True, views=views, rngs={"dropout": key}
+                )
             sums = {}
             for name, task in job.tasks.items():
                 mask = batch[f"{name}/mask"]
@@ -299,8 +312,15 @@ class Validation:
 
         leads = parallel.leads_share(self._mesh)
         return {"loss": float(loss)} | evaluate.quick_scores(
-            self._predictor, params, self._cases, self._share, asked, leads
+            self._predictor, params, self._cases, self._share, asked, leads, self._examiner
         )
+
+    def draw(self, params: Any, folder: Path, step: int) -> dict[str, np.ndarray]:
+        """Pictures of what self-supervised tasks have learnt: files in `folder`, and name -> uint8 [H, W, 3]."""
+        if not self._examiner:
+            return {}
+        params = parallel.onto(params, self._mesh, self._group)
+        return self._examiner.draw(params, folder if processes.primary() else None, step)
 
 
 class Clock:
@@ -329,6 +349,18 @@ def draw_curves(workdir: Path) -> None:
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     if any(k.endswith("loss") and v is not None for row in rows for k, v in row.items()):
         pictures.curves(rows, workdir / "curves.png", title=workdir.name)
+
+
+def say_skipped(cohort: Cohort, workdir: Path) -> None:
+    """The cases that were left out for what is wrong with them, at the terminal and in `skipped.csv`."""
+    if not cohort.skipped:
+        return
+    rows = [{"case": p.case, "file": p.file, "reason": p.message} for p in cohort.skipped]
+    write_table(rows, workdir / "skipped.csv")
+    left = len(cohort.cases) + len(cohort.extra)
+    say(f"skipped     {len(rows)} of {len(rows) + left} cases ({workdir / 'skipped.csv'}):")
+    for row in rows:
+        say(f"  {row['case']}: {row['reason']}")
 
 
 def say_report(config: ConfigDict, mesh: Mesh, job: Job, state: State, compiled: report.Compiled, first: int) -> None:

@@ -90,13 +90,14 @@ POLICIES: dict[str, tuple[Callable[..., list[Entry]], str]] = {
 }
 
 
-def build(config: Mapping[str, Any], tasks: Sequence[str], seed: int) -> Callable[[Batch], Batch]:
+def build(config: Mapping[str, Any], tasks: Sequence[str], seed: int | Array) -> Callable[[Batch], Batch]:
     """`batch -> batch` of `config.augment`; the identity when nothing is on.
 
     Args:
       config: see `medjax.config.defaults` and docs/augmentation.md. Raises UserError for what it cannot mean.
       tasks: names of the tasks whose masks `<task>/target` [B, X, Y, Z] move with the image. Targets of another rank,
         and tables, are left alone.
+      seed: of the run, or a key.
 
     The function wants a batch as in docs/design.md ('modality' and 'spacing' may be lacking), works under `jax.jit`
     and inside a `jax.shard_map` over the batch axis, and returns arrays of the same shapes and types.
@@ -123,7 +124,8 @@ def build(config: Mapping[str, Any], tasks: Sequence[str], seed: int) -> Callabl
             return isinstance(transforms[group[0]], spatial.Spatial)
 
         many = _numbers(transforms, shape, channels)
-        keys = jax.vmap(lambda e: jax.random.fold_in(jax.random.key(seed), e))(examples)
+        root = jax.random.key(seed) if isinstance(seed, int) else seed
+        keys = jax.vmap(lambda e: jax.random.fold_in(root, e))(examples)
         drawn = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 0), (many,)))(keys)
         # On the CPU one after the other: the last bits of vectorised arithmetic depend on the number of rows.
         plans = lax.platform_dependent(

@@ -51,6 +51,23 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Problem:
+    """Something wrong or odd about a cohort.
+
+    Attributes:
+      severity: 'error' (the case cannot be used as it is), 'warning' (it can, but look) or 'note'.
+      message: what is wrong, and the cure.
+      case: its id; '' where it concerns no single one.
+      file: the file it is about, where there is one.
+    """
+
+    severity: str
+    message: str
+    case: str = ""
+    file: str = ""
+
+
+@dataclass(frozen=True)
 class Cohort:
     """Cases that share modalities and labels.
 
@@ -65,6 +82,8 @@ class Cohort:
       regions: region name -> mask values it covers, where the source is labelled in regions (nnU-Net); else empty.
       ignore: mask value of voxels nobody labelled (nnU-Net's ignore label); it is not among `labels`.
       left_out: ids of cases that were left out on purpose; a split file may still name them.
+      extra: cases without targets that are trained on, whatever the splits (`data.extra`).
+      skipped: what is wrong with the cases that `data.skip_unreadable` left out.
     """
 
     name: str
@@ -77,6 +96,8 @@ class Cohort:
     regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     ignore: int | None = None
     left_out: frozenset[str] = frozenset()
+    extra: tuple[Case, ...] = ()
+    skipped: tuple[Problem, ...] = ()
 
     def case(self, id: str) -> Case:
         """The case of that id; UserError with the nearest one where there is none."""
@@ -97,23 +118,6 @@ def check_keys(where: str, given: Iterable[str], known: Sequence[str]) -> None:
     for key in given:
         if key not in known:
             raise UserError(f"{where}: unknown key {key!r}{nearest(key, known)} (known: {', '.join(known)})")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something wrong or odd about a cohort.
-
-    Attributes:
-      severity: 'error' (the case cannot be used as it is), 'warning' (it can, but look) or 'note'.
-      message: what is wrong, and the cure.
-      case: its id; '' where it concerns no single one.
-      file: the file it is about, where there is one.
-    """
-
-    severity: str
-    message: str
-    case: str = ""
-    file: str = ""
 
 
 class Intake:

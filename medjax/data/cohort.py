@@ -21,7 +21,7 @@ import numpy as np
 
 from medjax.data import nifti
 from medjax.data.cases import Case, Cohort, Finding, Intake, Problem, Target, check_keys, nearest
-from medjax.data.readers import from_bids, from_folder, from_manifest, from_msd, from_nnunet
+from medjax.data.readers import from_bids, from_files, from_folder, from_manifest, from_msd, from_nnunet
 from medjax.data.tables import load_rows
 from medjax.data.volume import Volume, axes_towards, check_same_grid, count_nonfinite
 from medjax.errors import UserError, warn_once
@@ -37,6 +37,7 @@ __all__ = [
     "check_keys",
     "content_hash",
     "from_bids",
+    "from_files",
     "from_folder",
     "from_manifest",
     "from_msd",
@@ -156,8 +157,8 @@ def split(cohort: Cohort, spec: Mapping[str, Any], seed: int = 0, check_content:
       check_content: compare the images' voxels across splits (`content_hash`; reads every image once a process).
 
     Returns:
-      split name -> its cases, in the cohort's order. Folds depend on the patients and the seed alone, not on library
-      versions.
+      split name -> its cases, in the cohort's order; `Cohort.extra` come last in 'train'. Folds depend on the patients
+      and the seed alone, not on library versions.
 
     Raises:
       UserError: unknown key, unlisted or unknown ids, an empty split, a patient in two splits (names the ids), or
@@ -180,6 +181,8 @@ def split(cohort: Cohort, spec: Mapping[str, Any], seed: int = 0, check_content:
         ids = _split_own(cohort)
     member = {id: name for name, listed in ids.items() for id in listed}
     splits: Splits = {name: tuple(c for c in cohort.cases if member.get(c.id) == name) for name in ids}
+    if cohort.extra:
+        splits["train"] = (*splits.get("train", ()), *cohort.extra)
     for name in ("train", *splits):
         if not splits.get(name):
             there = ", ".join(f"{k} ({len(v)})" for k, v in splits.items())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medjax.data import cohort as cohorts
-from medjax.data import joins, preprocess, readers, synthetic
+from medjax.data import joins, preprocess, readers, synthetic, unlabelled
 from medjax.errors import UserError
 from medjax.ops.native.cpus import usable_cpus
 
@@ -29,7 +29,8 @@ def open_cohort(
     if not name:
         known = ", ".join(synthetic.GENERATORS)
         raise UserError(f"config: data.cohort is empty; give a folder, a manifest (.csv, .json) or one of {known}")
-    intake = intake or cohorts.Intake(config["exclude"])
+    lenient = bool(config.get("skip_unreadable")) and intake is None
+    intake = intake or cohorts.Intake(config["exclude"], tolerant=lenient)
     types = (
         dict.fromkeys([tasks] if tasks else [], "segmentation")
         if isinstance(tasks, str)
@@ -79,6 +80,8 @@ def open_cohort(
         template = config["id"] if "{" in config["id"] else ""
         table = joins.Table(config["table"], "id" if template else config["id"], {}, classes, findings)
         cohort = cohorts.from_folder(path, images, targets, labels, template, group, table, missing, intake)
+    elif layout == "files":
+        cohort = cohorts.from_files(path, next(iter(config["modalities"]), "image"), group, intake)
     else:
         raise UserError(
             f"config: data.layout={layout!r} is not known; use {', '.join(readers.LAYOUTS)}, or leave it empty"
@@ -86,7 +89,11 @@ def open_cohort(
     order = tuple(config["modalities"]) or cohort.modalities
     if sorted(order) != sorted(cohort.modalities):
         raise UserError(f"config: data.modalities={order} must name each modality once: {', '.join(cohort.modalities)}")
-    return replace(cohort, modalities=order)
+    cohort = replace(cohort, modalities=order)
+    extra = dict(config.get("extra") or {})
+    if extra.get("folder"):
+        cohort = unlabelled.with_extra(cohort, extra["folder"], extra["modality"], missing)
+    return unlabelled.usable(cohort, config["preprocess"], intake.problems, config["workers"]) if lenient else cohort
 
 
 def _type(task: Any) -> str:

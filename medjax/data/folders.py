@@ -120,6 +120,45 @@ def from_folder(
     return complete(root, join(cohort, table, values_of, group, intake), intake)
 
 
+def from_files(
+    root: str | os.PathLike[str], modality: str = "image", group: str | None = None, intake: Intake | None = None
+) -> Cohort:
+    """Every NIfTI file below a folder as a case of its own, without targets: what pretraining takes.
+
+    Args:
+      root: the folder; hidden files and folders in it are passed over.
+      modality: what all of them are. group: the patient, see `from_folder`; None: every file its own.
+      intake: what to do about cases that cannot be used.
+
+    Returns:
+      The cohort; a case's id is its path below the root without the ending, parts joined by '_'.
+    """
+    root, intake = Path(root), intake or Intake()
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder. Correct the path.")
+    found: dict[str, Path] = {}
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            # A header stands for its pair.
+            if name.startswith(".") or not name.lower().endswith(IMAGE_SUFFIXES) or ".img" in name.lower()[-7:]:
+                continue
+            path = Path(folder) / name
+            id = "_".join((*path.relative_to(root).parts[:-1], stem(path)))
+            if id in found:
+                intake.refuse(f"{path}: {found[id]} has its name with another ending. Rename one.", id, path)
+                continue
+            found[id] = path
+    cases = []
+    for id, path in found.items():
+        patient = patient_of(id, {}, group)
+        if intake.wants(id, patient):
+            cases.append(Case(id, patient, {modality: path}))
+    if not cases:
+        raise UserError(f"{root}: holds no NIfTI file ({', '.join(IMAGE_SUFFIXES[:3])}). Correct the path.")
+    return complete(root, Cohort(root.resolve().name, root, (modality,), {}, tuple(cases)), intake)
+
+
 class _Pattern:
     """A pattern of file names with fields in braces, relative to a root."""
 

@@ -282,11 +282,16 @@ def center_batches(
         number = number if valid else 0
         shape, points = source.cases[number].image.shape[:3], source.centres(number)
         middle = np.concatenate([np.asarray(p) for p in points]).mean(0) if points else np.asarray(shape) / 2
-        room = np.asarray(shape) - np.asarray(patch)
-        start = np.round(middle).astype(int) - np.asarray(patch) // 2
-        return number, np.clip(start, np.minimum(0, room // 2), np.maximum(room, room // 2)), patch, number, valid
+        return number, centred(middle, shape, patch), patch, number, valid
 
     return _run(source, place, rows, [patch], local, workers)
+
+
+def centred(middle: Any, shape: Sequence[int], patch: Sequence[int]) -> np.ndarray:
+    """First voxel int [3] of the patch about `middle`, moved into a volume of `shape` as far as it goes."""
+    room = np.asarray(shape) - np.asarray(patch)
+    start = np.round(middle).astype(int) - np.asarray(patch) // 2
+    return np.clip(start, np.minimum(0, room // 2), np.maximum(room, room // 2))
 
 
 Place = tuple[int, Any, Sequence[int], int, bool]

@@ -7,6 +7,7 @@
 | BIDS | `from_bids` | `dataset_description.json` |
 | a table | `from_manifest` | a `.csv`, `.tsv` or `.json` file |
 | any folder | `from_folder` | patterns of file names such as `'{case}/t1.nii.gz'` |
+| any files, no targets | `from_files` | `data.layout='files'` |
 
 Every reader raises UserError at the first thing that is wrong; given a tolerant `Intake` it notes what is wrong with
 single cases there, leaves them out and goes on.
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from medjax.data.cases import Case, Cohort, Intake, Target, nearest
-from medjax.data.folders import from_bids, from_folder
+from medjax.data.folders import from_bids, from_files, from_folder
 from medjax.data.joins import FIELD, Table, all_files, check_labels, check_unique, complete, join
 from medjax.data.tables import (
     TABLE_SUFFIXES,
@@ -35,9 +36,19 @@ from medjax.data.tables import (
 )
 from medjax.errors import UserError, warn_once
 
-__all__ = ["LAYOUTS", "MASK", "from_bids", "from_folder", "from_manifest", "from_msd", "from_nnunet", "recognise"]
+__all__ = [
+    "LAYOUTS",
+    "MASK",
+    "from_bids",
+    "from_files",
+    "from_folder",
+    "from_manifest",
+    "from_msd",
+    "from_nnunet",
+    "recognise",
+]
 
-LAYOUTS = ("nnunet", "msd", "bids", "manifest", "folder")
+LAYOUTS = ("nnunet", "msd", "bids", "manifest", "folder", "files")
 MASK = "label"
 """What a target's spec says for the mask that a Decathlon or nnU-Net folder has for each case."""
 
@@ -68,7 +79,8 @@ def recognise(path: Path, images: Mapping[str, Any]) -> str:
     raise UserError(
         f"{path}: no layout recognised. Looked for dataset.json (nnU-Net: channel_names; Decathlon: modality), "
         "dataset_description.json (BIDS) and patterns in data.images (any folder), such as "
-        f"data.images={{'T1': '{{case}}/t1.nii.gz'}}. There are: {listed or 'no files'}."
+        "data.images={'T1': '{case}/t1.nii.gz'}; to pretrain on every volume in it, set data.layout='files'. "
+        f"There are: {listed or 'no files'}."
     )
 
 

@@ -16,6 +16,7 @@ from medjax.ops.gelu import gelu
 
 # What is added to the logits of two tokens of a window that a cyclic shift brought together from apart.
 _APART = -100.0
+_LATER = -1e9  # and of a token that comes later
 
 
 def attend(qkv: Array, heads: int, bias: Array | None = None, regions: np.ndarray | None = None) -> Array:
@@ -90,7 +91,11 @@ class MLP(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Normalisation and attention, normalisation and MLP, each beside a shortcut; tokens [B, N, C]."""
+    """Normalisation and attention, normalisation and MLP, each beside a shortcut; tokens [B, N, C].
+
+    Attributes:
+      causal: a token sees itself and those before it.
+    """
 
     heads: int
     mlp: int
@@ -99,14 +104,16 @@ class TransformerBlock(nn.Module):
     drop_path: float
     train: bool
     dtype: Any
+    causal: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        channels = x.shape[-1]
+        channels, tokens = x.shape[-1], x.shape[1]
         drop = drop_path(self.drop_path, name="drop_path")
         y = LayerNorm(name="norm1")(x)
         y = Linear(3 * channels, self.qkv_bias, self.dtype, name="qkv")(y)
-        y = Linear(channels, dtype=self.dtype, name="proj")(attend(y, self.heads))
+        later = jnp.where(np.tri(tokens, dtype=bool), 0.0, _LATER)[None] if self.causal else None
+        y = Linear(channels, dtype=self.dtype, name="proj")(attend(y, self.heads, later))
         y = Dropout(self.dropout, name="drop")(y, train=self.train)
         x = x + drop(y, train=self.train)
         y = MLP(self.mlp, self.dropout, self.train, self.dtype, name="mlp")(LayerNorm(name="norm2")(x))

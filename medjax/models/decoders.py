@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from medjax.errors import UserError
-from medjax.models.layers import ConvBlock, PatchConvTranspose, leaky_relu
+from medjax.models.layers import Bridge, ConvBlock, PatchConvTranspose, leaky_relu
 from medjax.models.unet import counts, per_stage
 
 DECODERS = ("none", "unet")
@@ -110,6 +110,7 @@ class UNetDecoder(nn.Module):
             "dropout": self.dropout,
             "train": self.train,
         }
+        skips = Bridge(name="bridge")(skips)
         x = skips[-1]
         pyramid: list[Array] = []
         for i in range(n - 1, -1, -1):

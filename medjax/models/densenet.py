@@ -12,7 +12,7 @@ from jax import Array
 
 from medjax.errors import UserError
 from medjax.models.decoders import Decoder, coarsest_of_each_grid
-from medjax.models.layers import Conv3D, ConvBlock, Dropout, centred, max_pool, mean_pool, norm_act
+from medjax.models.layers import Conv3D, ConvBlock, Dropout, MaxPool, centred, mean_pool, norm_act
 from medjax.models.unet import per_stage
 
 # depth -> dense layers of each block
@@ -76,7 +76,7 @@ class DenseNet(nn.Module):
         x = ConvBlock(self.features, self.stem_kernel, self.stem_stride, name="stem", **relu)(x)
         levels = [x]
         if math.prod(self.pool) > 1:
-            x = max_pool(x, [3 if s > 1 else 1 for s in self.pool], self.pool)
+            x = MaxPool(self.pool, name="stem_pool")(x)
         kind = nn.remat(DenseLayer) if self.remat else DenseLayer
         for i, layers in enumerate(sizes):
             for j in range(layers):

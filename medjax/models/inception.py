@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from medjax.models.decoders import Decoder, coarsest_of_each_grid
-from medjax.models.layers import ConvBlock, max_pool
+from medjax.models.layers import ConvBlock, MaxPool, max_pool
 from medjax.models.unet import per_stage
 
 # Channels of each block's branches, by level: 1; 1 then 3; 1 then 3 (GoogLeNet's 5, as I3D has it); pool then 1.
@@ -67,18 +67,15 @@ class Inception(nn.Module):
         common: dict[str, Any] = {"norm": self.norm, "dtype": self.dtype}
         wide = lambda c: max(1, round(c * self.width))  # noqa: E731
 
-        def pool(x: Array, strides: Sequence[int]) -> Array:
-            return max_pool(x, [3 if s > 1 else 1 for s in strides], strides)
-
         x = ConvBlock(wide(64), (7, 7, 7), self.stem_stride, negative_slope=0.0, name="stem0", **common)(x)
         levels = [x]
-        x = pool(x, factors[0])
+        x = MaxPool(factors[0], name="stem_pool")(x)
         x = ConvBlock(wide(64), (1, 1, 1), negative_slope=0.0, name="stem1", **common)(x)
         x = ConvBlock(wide(192), negative_slope=0.0, name="stem2", **common)(x)
         levels.append(x)
         kind = nn.remat(InceptionBlock) if self.remat else InceptionBlock
         for i, group in enumerate(BLOCKS):
-            x = pool(x, factors[i + 1])
+            x = MaxPool(factors[i + 1], name=f"group{i}_pool")(x)
             for j, channels in enumerate(group):
                 branches = tuple(map(wide, channels))
                 x = kind(branches, self.norm, self.dropout, train, self.dtype, name=f"group{i}_block{j}")(x)

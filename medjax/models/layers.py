@@ -139,8 +139,11 @@ class InstanceNormAct(nn.Module):
     affine: bool = True
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, visible: Array | None = None) -> Array:
+        """`visible`: bool [B, X, Y, Z], voxels that make the statistics, others become 0 (`medjax.models.sparse`)."""
         scale, bias = _affine(self, x.shape[-1], self.affine)
+        if visible is not None:
+            return _visible_norm(x, visible, x.shape[-1], scale, bias, self.negative_slope, self.eps)
         return instance_norm_act(x, scale, bias, negative_slope=self.negative_slope, eps=self.eps)
 
 
@@ -157,9 +160,12 @@ class GroupNormAct(nn.Module):
     affine: bool = True
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, visible: Array | None = None) -> Array:
+        """`visible`: as of `InstanceNormAct`."""
         scale, bias = _affine(self, x.shape[-1], self.affine)
         groups = math.gcd(self.groups, x.shape[-1])
+        if visible is not None:
+            return _visible_norm(x, visible, groups, scale, bias, self.negative_slope, self.eps)
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
         centre = wide - wide.mean((1, 3), keepdims=True)
         scaled = centre * jax.lax.rsqrt(jnp.square(centre).mean((1, 3), keepdims=True) + self.eps)
@@ -216,6 +222,28 @@ class Linear(nn.Module):
         if not self.use_bias:
             return y
         return y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)
+
+
+class Bridge(nn.Module):
+    """Where an encoder ends and its decoder begins: the identity, by which pretraining finds the place."""
+
+    def __call__(self, levels: Sequence[Array]) -> list[Array]:
+        return list(levels)
+
+
+def _visible_norm(
+    x: Array, visible: Array, groups: int, scale: Array, bias: Array, negative_slope: float | None, eps: float
+) -> Array:
+    """Normalisation by mean and variance over the visible voxels of each example and group of channels; 0 elsewhere."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    split = wide.reshape(*x.shape[:4], groups, -1)
+    seen = visible[..., None, None]
+    number = jnp.maximum(visible.sum((1, 2, 3)), 1)[:, None, None, None, None, None] * split.shape[-1]
+    mean = jnp.where(seen, split, 0.0).sum((1, 2, 3, 5), keepdims=True) / number
+    centre = jnp.where(seen, split - mean, 0.0)
+    r = jax.lax.rsqrt(jnp.square(centre).sum((1, 2, 3, 5), keepdims=True) / number + eps)
+    y = leaky_relu((centre * r).reshape(x.shape) * scale + bias, negative_slope)
+    return jnp.where(visible[..., None], y, 0.0).astype(x.dtype)
 
 
 def _affine(module: nn.Module, channels: int, learnt: bool) -> tuple[Array, Array]:
@@ -340,6 +368,16 @@ def max_pool(x: Array, kernel: Sequence[int], strides: Sequence[int]) -> Array:
         taps = [jax.lax.slice_in_dim(padded, tap, tap + last + 1, stride, axis) for tap in range(width)]
         x = functools.reduce(jnp.maximum, taps)
     return x
+
+
+class MaxPool(nn.Module):
+    """`max_pool` over three voxels along each axis that strides, as a layer."""
+
+    strides: Sequence[int]
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return max_pool(x, [3 if s > 1 else 1 for s in self.strides], self.strides)
 
 
 def mean_pool(x: Array, cell: Sequence[int]) -> Array:

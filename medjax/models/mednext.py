@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from medjax.errors import UserError
-from medjax.models.layers import Conv3D, ConvTranspose3D, Dropout, InstanceNormAct, centred, drop_path
+from medjax.models.layers import Bridge, Conv3D, ConvTranspose3D, Dropout, InstanceNormAct, centred, drop_path
 from medjax.models.unet import counts, per_stage
 from medjax.ops.gelu import gelu
 
@@ -98,7 +98,8 @@ class MedNeXt(nn.Module):
             skips.append(x)
             step = {**common, "resample": "down", "strides": factors[i], "name": f"down{i}"}
             x = kind(2 * x.shape[-1], down_expansions[i], **step)(x)
-        x = bottom = stage(x, n - 1, done, "encoder")
+        skips = Bridge(name="bridge")([*skips, stage(x, n - 1, done, "encoder")])
+        x = bottom = skips[-1]
         done += blocks[-1]
         pyramid: list[Array] = []
         for i in range(n - 2, -1, -1):

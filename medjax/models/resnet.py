@@ -12,7 +12,7 @@ from jax import Array
 
 from medjax.errors import UserError
 from medjax.models.decoders import Decoder, coarsest_of_each_grid
-from medjax.models.layers import ConvBlock, drop_path, leaky_relu, max_pool
+from medjax.models.layers import ConvBlock, MaxPool, drop_path, leaky_relu
 from medjax.models.unet import counts, per_stage
 
 # depth -> (residual blocks of each layer, bottleneck blocks)
@@ -88,7 +88,7 @@ class ResNet(nn.Module):
         x = ConvBlock(self.features[0], self.stem_kernel, self.stem_stride, **stem)(x)
         levels = [x]
         if math.prod(self.pool) > 1:
-            x = max_pool(x, [3 if s > 1 else 1 for s in self.pool], self.pool)
+            x = MaxPool(self.pool, name="stem_pool")(x)
         kind = nn.remat(ResidualBlock) if self.remat else ResidualBlock
         done, total = 0, sum(blocks)
         for i in range(n):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from medjax.errors import UserError
-from medjax.models.layers import ConvBlock, InstanceNormAct, PatchConv, PatchConvTranspose
+from medjax.models.layers import Bridge, ConvBlock, InstanceNormAct, PatchConv, PatchConvTranspose
 
 
 class UNet(nn.Module):
@@ -68,6 +68,8 @@ class UNet(nn.Module):
                 x = InstanceNormAct(name=f"down{i}_norm")(x)
             x = stage(self.features[i], kernels[i], convs[i], self.dtype, name=f"encoder{i}")(x)
             skips.append(x)
+        skips = Bridge(name="bridge")(skips)
+        x = skips[-1]
         pyramid: list[Array] = []
         for i in range(n - 2, -1, -1):
             x = PatchConvTranspose(self.features[i], factors[i], dtype=self.dtype, name=f"up{i}")(x)

@@ -21,8 +21,9 @@ DECODERS = ("none", "unetr")
 class ViTEncoder(nn.Module):
     """Cells of the image as tokens, through transformer blocks. Attributes: those of `ViT`.
 
-    Call with an image [B, X, Y, Z, C] and, for masked pretraining, `keep` [B, K]: numbers of the tokens to use, in the
-    order of (x, y, z), z fastest. Returns the normalised tokens [B, N or K, F] and the output of every block.
+    Call with an image [B, X, Y, Z, C] and, for pretraining, `keep` [B, K]: numbers of the tokens to use, counted in the
+    order of (x, y, z), z fastest; `causal`: a token sees those that `keep` names before it. Returns the normalised
+    tokens [B, N or K, F] and the output of every block.
 
     The learnt positions belong to the grid of the image the net was made with; for another they are interpolated.
     """
@@ -39,7 +40,9 @@ class ViTEncoder(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool = False, keep: Array | None = None) -> tuple[Array, list[Array]]:
+    def __call__(
+        self, x: Array, *, train: bool = False, keep: Array | None = None, causal: bool = False
+    ) -> tuple[Array, list[Array]]:
         x = PatchConv(self.features, self.patch, dtype=self.dtype, name="embed")(x)
         grid = x.shape[1:4]
         made = grid
@@ -56,8 +59,8 @@ class ViTEncoder(nn.Module):
         hidden = []
         for i in range(self.depth):
             rate = self.drop_path * i / max(self.depth - 1, 1)
-            block = kind(self.heads, self.mlp, self.qkv_bias, self.dropout, rate, train, self.dtype, name=f"block{i}")
-            x = block(x)
+            more: dict[str, Any] = {"causal": causal, "name": f"block{i}"}
+            x = kind(self.heads, self.mlp, self.qkv_bias, self.dropout, rate, train, self.dtype, **more)(x)
             hidden.append(x)
         return LayerNorm(name="norm")(x), hidden
 
@@ -104,7 +107,7 @@ class ViT(nn.Module):
         return x, y, z
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool = False, keep: Array | None = None) -> Any:
+    def __call__(self, x: Array, *, train: bool = False, keep: Array | None = None, causal: bool = False) -> Any:
         """[B, X, Y, Z, C] -> [[B, X/s, Y/s, Z/s, F], ...], finest first; given `keep` the tokens [B, K, F]."""
         if self.decoder not in DECODERS:
             raise UserError(f"config: model.decoder '{self.decoder}' is not known; known: {', '.join(DECODERS)}")
@@ -114,7 +117,7 @@ class ViT(nn.Module):
             self.features, self.depth, self.heads, self.mlp, self.patch, self.qkv_bias, self.dropout, self.drop_path,
             self.remat, self.dtype, name="encoder",
         )  # fmt: skip
-        tokens, hidden = encoder(x, train=train, keep=keep)
+        tokens, hidden = encoder(x, train=train, keep=keep, causal=causal)
         if keep is not None:
             return tokens
         grid = [size // p for size, p in zip(x.shape[1:4], self.patch, strict=True)]

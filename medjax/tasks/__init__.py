@@ -3,13 +3,17 @@
 A batch carries `<task>/target` and `<task>/mask` (bool[B]: False where the case has no label for the task), so cases
 labelled for some tasks only train together.
 
-Three kinds of task differ in how whole cases are predicted, and the spines ask for nothing but the kind:
+Four kinds of task differ in how whole cases are predicted, and the spines ask for nothing but the kind:
 
 | kind | head's first output | over a whole case | decoded | written |
 |---|---|---|---|---|
 | `dense` | f32[B, X, Y, Z, K] | sliding window; logits averaged | mask on the file's grid | NIfTI |
 | `findings` | f32[B, X, Y, Z, K] | sliding window; logits averaged | `Found`s, in world mm (RAS+) | one row a finding |
 | `case` | f32[B, K] | the same windows; mean of logits, each once | value a name | one row a name |
+| `pretext` | the task's own | not at all: measured on one fixed patch a case | - | - |
+
+A `pretext` task is self-supervised: it has no target, every case trains it, and it sends a view of its own through the
+shared backbone (`medjax.tasks.pretext`).
 
 All outputs are averaged in the space the head gives (logits, standardised numbers, log sizes) and pass through
 `probabilities` once. A `case` task that must see everything at once takes a patch as large as the volume: one window.
@@ -36,6 +40,9 @@ TASKS = {
     "regression": ("regression", "Regression"),
     "detection": ("detection", "Detection"),
     "landmark": ("landmark", "Landmark"),
+    "masked": ("masked", "Masked"),
+    "autoregressive": ("autoregressive", "Autoregressive"),
+    "contrastive": ("contrastive", "Contrastive"),
 }
 
 
@@ -217,6 +224,7 @@ def fit(config: Mapping[str, Any], built: Mapping[str, Any], known: Mapping[str,
       UserError: a task without a target in any case, or targets that do not fit it.
     """
     found = {name for name, values in known.items() if len(values)}
+    built = {name: task for name, task in built.items() if task.kind != "pretext"}
     for name in built:
         if name not in found:
             import difflib
@@ -229,3 +237,13 @@ def fit(config: Mapping[str, Any], built: Mapping[str, Any], known: Mapping[str,
             )
     learnt = {name: task.fit(known[name]) for name, task in built.items()}
     return {name: {k: v for k, v in values.items() if config[name].get(k) != v} for name, values in learnt.items()}
+
+
+def self_supervised(built: Mapping[str, Any]) -> dict[str, Any]:
+    """The self-supervised ones among tasks."""
+    return {name: task for name, task in built.items() if task.kind == "pretext"}
+
+
+def views(built: Mapping[str, Any], batch: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
+    """What the self-supervised tasks send through the backbone for a prepared batch: task -> view."""
+    return {name: task.view(batch) for name, task in self_supervised(built).items()}

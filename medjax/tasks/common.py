@@ -10,7 +10,7 @@ import numpy as np
 
 from medjax.errors import UserError
 
-Kind = Literal["dense", "findings", "case"]
+Kind = Literal["dense", "findings", "case", "pretext"]
 Activation = Literal["softmax", "sigmoid", "identity", ""]
 Odd = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 

@@ -1,0 +1,157 @@
+"""Contrastive pretraining: the losses by their definitions, views that are keyed by example, places that correspond."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_masked import batch_of, parameters, prepared
+from tiny import RECIPE, write_cohort
+
+from medjax import main, tasks
+from medjax.errors import UserError
+from medjax.losses import contrastive as losses
+from medjax.models.model import Model
+from medjax.models.unet import UNet
+from medjax.tasks.contrastive import Contrastive
+
+RNG = np.random.default_rng(0)
+# Every voxel is its own number: a view tells where it comes from.
+PLACES = jnp.stack([jnp.arange(16**3, dtype=jnp.float32).reshape(16, 16, 16, 1)] * 3)
+
+
+def test_info_nce_by_hand() -> None:
+    a, b = RNG.normal(size=(2, 4, 5))
+    real = np.array([True, True, False, True])
+    loss, found = losses.info_nce(jnp.asarray(a), jnp.asarray(b), 0.2, jnp.asarray(real))
+    z = np.concatenate([a, b])
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    there = np.concatenate([real, real])
+    for i in np.flatnonzero(real):
+        wanted, hits = [], []
+        for me, partner in ((i, i + 4), (i + 4, i)):
+            others = [j for j in range(8) if j != me and there[j]]
+            cosines = np.array([z[me] @ z[j] / 0.2 for j in others])
+            wanted.append(np.log(np.exp(cosines).sum()) - z[me] @ z[partner] / 0.2)
+            hits.append(others[int(cosines.argmax())] == partner)
+        assert float(loss[i]) == pytest.approx(np.mean(wanted), rel=1e-5)
+        assert float(found[i]) == np.mean(hits)
+    assert np.isfinite(np.asarray(loss)).all()
+
+
+def test_vicreg_by_hand() -> None:
+    a, b = RNG.normal(size=(2, 6, 4))
+    real = np.array([True] * 5 + [False])
+    loss, _ = losses.vicreg(jnp.asarray(a), jnp.asarray(b), jnp.asarray(real), (25.0, 25.0, 1.0))
+    wanted = 25 * np.square(a - b).mean(1)
+    for x in (a[:5], b[:5]):
+        covariance = np.cov(x.T)
+        wanted = wanted + 12.5 * np.maximum(0, 1 - np.sqrt(np.diag(covariance) + 1e-4)).mean()
+        wanted = wanted + np.square(covariance - np.diag(np.diag(covariance))).sum() / 4
+    np.testing.assert_allclose(loss[:5], wanted[:5], rtol=1e-4)
+    # Constant vectors are equal, and no answer: the variance says so.
+    still, _ = losses.vicreg(jnp.ones((6, 4)), jnp.ones((6, 4)), jnp.ones(6, bool))
+    assert float(still[0]) == pytest.approx(25 * (1 - 0.01), rel=1e-4)
+
+
+def test_info_nce_prefers_partners() -> None:
+    a = jnp.asarray(RNG.normal(size=(8, 16)))
+    near, _ = losses.info_nce(a, a + 0.01, 0.1, jnp.ones(8, bool))
+    far, found = losses.info_nce(a, jnp.roll(a, 1, axis=0), 0.1, jnp.ones(8, bool))
+    assert float(near.mean()) < 0.1 < float(far.mean())
+    assert float(found.sum()) == 0
+
+
+def test_places_show_the_same_voxel() -> None:
+    task = Contrastive("c", scope="local", crop=(12, 10, 16), mirror=(0, 1, 2), transforms=(), places=20)
+    batch = prepared(task, 0, batch_of(PLACES))
+    views, places = batch["c/views"], np.asarray(batch["c/places"])
+    assert views.shape == (3, 2, 12, 10, 16, 1)
+    assert places.shape == (3, 2, 20, 3)
+    for row in range(3):
+        values = [[float(views[(row, i, *at, 0)]) for at in places[row, i]] for i in (0, 1)]
+        assert values[0] == values[1]
+        assert len(set(values[0])) > 10
+    assert len({tuple(np.asarray(views)[row, i, 0, 0, :2, 0]) for row in range(3) for i in (0, 1)}) > 3
+
+
+def test_views_are_keyed_by_example() -> None:
+    task = Contrastive("c", crop=(12, 12, 12), transforms=(("noise", {"std": 0.1}), ("gamma", {"p": 0.5})))
+    batch = batch_of(PLACES / 4096)
+    whole = np.asarray(prepared(task, 0, batch)["c/views"])
+    alone = prepared(task, 0, {k: v[2:] for k, v in batch.items()})["c/views"]
+    np.testing.assert_array_equal(alone[0], whole[2])
+    assert np.abs(whole[:, 0] - whole[:, 1]).max() > 0.01
+    noise = Contrastive("c", mirror=(), transforms=(("noise", {"std": 0.1}),))
+    views = np.asarray(prepared(noise, 0, batch)["c/views"]) - np.asarray(batch["image"])[:, None]
+    assert abs(np.corrcoef(views[0, 0].ravel(), views[0, 1].ravel())[0, 1]) < 0.1
+    assert 0.02 < views.std() < 0.11
+
+
+def test_padding_is_nobodys_negative() -> None:
+    task = Contrastive("c")
+    vectors = jnp.asarray(RNG.normal(size=(3, 2, 8)), jnp.float32)
+    three = {"c/mask": jnp.asarray([True, True, False])}
+    both = task.loss([vectors], three)[:2]
+    np.testing.assert_allclose(both, task.loss([vectors[:2]], {"c/mask": jnp.ones(2, bool)}), rtol=1e-6)
+    gradient = jax.grad(lambda v: task.loss([v], three)[:2].sum())(vectors)
+    assert not np.asarray(gradient[2]).any()
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "vicreg"}, {"scope": "local", "places": 6}])
+def test_vectors_follow_views(options: dict[str, Any]) -> None:
+    task = Contrastive("c", crop=(12, 12, 12), features=6, hidden=8, **options)
+    net = UNet(features=(4, 8), convs=1, decoder_convs=1)
+    model = Model(net, {"c": task.head()})
+    image = jnp.asarray(RNG.normal(size=(3, 16, 16, 16, 1)), jnp.float32)
+    params = parameters(model, image, train=True)
+    batch = prepared(task, 0, batch_of(image))
+
+    def loss(params: Any) -> Any:
+        outputs: Any = model.apply(params, batch["image"], train=True, views=tasks.views({"c": task}, batch))
+        return task.loss(outputs["c"], batch).mean(), outputs["c"][0]
+
+    (value, vectors), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    assert vectors.shape == ((3, 2, 6, 6) if task.scope == "local" else (3, 2, 6))
+    assert np.isfinite(float(value))
+    encoder = gradient["params"]["backbone"]["encoder0"]
+    assert all(np.asarray(g).any() for g in jax.tree.leaves(encoder))
+    decoder = gradient["params"]["backbone"]["decoder0"]
+    # Locally the decoder is trained too; globally it is left alone.
+    assert any(np.asarray(g).any() for g in jax.tree.leaves(decoder)) == (task.scope == "local")
+    found = task.measure([vectors], batch)
+    assert set(found) == {"error", "found"}
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(UserError, match="'affine' moves voxels"):
+        Contrastive("c", scope="local", transforms=(("affine", {}),))
+    with pytest.raises(UserError, match="more than half"):
+        Contrastive("c", scope="local", crop=(8, 16, 16)).check((16, 16, 16))
+    with pytest.raises(UserError, match="at most the patch"):
+        Contrastive("c", crop=(20, 16, 16)).check((16, 16, 16))
+    with pytest.raises(UserError, match="temperature"):
+        Contrastive("c", temperature=0.0)
+    with pytest.raises(UserError, match="unknown 'blurr'"):
+        Contrastive("c", transforms=(("blurr", {}),))
+
+
+def test_through_the_spine(tmp_path: Path) -> None:
+    cohort = write_cohort(tmp_path / "cohort")
+    text = RECIPE.format(cohort=str(cohort))
+    both = (
+        '{"near": {"type": "contrastive", "scope": "local", "crop": (12, 12, 12), "places": 8},'
+        ' "whole": {"type": "contrastive", "method": "vicreg", "weight": 0.01}}'
+    )
+    file = tmp_path / "recipe.py"
+    file.write_text(text.replace('{"spheres": {"type": "segmentation", "levels": 1}}', both))
+    run = tmp_path / "run"
+    main.main([f"--config={file}", f"--workdir={run}", "--config.train.total=2 steps"])
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert any("val/near/found" in row for row in rows)
+    assert (run / "pretext" / "near_0_0000002.png").exists()

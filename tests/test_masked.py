@@ -1,0 +1,298 @@
+"""Masked pretraining: what is visible does not count, what is hidden is not seen, the spine trains and judges it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import RECIPE, write_cohort
+
+from medjax import main, predict, tasks
+from medjax.errors import UserError
+from medjax.losses import reconstruction
+from medjax.models.mednext import MedNeXt
+from medjax.models.model import Model
+from medjax.models.nnunet import NNUNet, ResEncUNet
+from medjax.models.resnet import ResNet
+from medjax.models.sparse import Sparse, hide, spread
+from medjax.models.swin import Swin
+from medjax.models.unet import UNet
+from medjax.models.vit import UNETR, ViT
+from medjax.tasks.masked import Masked
+
+SIZE, BLOCK = (16, 16, 16), (4, 4, 4)
+RNG = np.random.default_rng(0)
+IMAGE = jnp.asarray(RNG.normal(size=(2, *SIZE, 2)), jnp.float32)
+NETS: dict[str, Any] = {
+    "unet": UNet(features=(4, 8), convs=1, decoder_convs=1),
+    "nnunet": NNUNet(features=(4, 8), blocks=1, decoder_convs=1),
+    "resenc": ResEncUNet(features=(4, 8), blocks=1, decoder_convs=1),
+    "mednext": MedNeXt(features=4, blocks=(1, 1, 1), expansions=(2, 2, 2)),
+    "resnet": ResNet(depth=10, features=(4, 8), factors=((1, 1, 1), (2, 2, 2)), stem_kernel=(3, 3, 3)),
+}
+
+
+def batch_of(image: jax.Array = IMAGE) -> dict[str, Any]:
+    rows, channels = image.shape[0], image.shape[-1]
+    return {
+        "image": image,
+        "modality": jnp.ones((rows, channels), bool),
+        "spacing": jnp.ones((rows, 3)),
+        "example": jnp.arange(rows),
+        "valid": jnp.ones(rows, bool),
+    }
+
+
+def prepared(task: Any, seed: int, batch: dict[str, Any]) -> dict[str, Any]:
+    """`batch` with the task's part; as one program, which compiles in a fraction of the time."""
+    return jax.jit(lambda b: task.prepare(jax.random.key(seed), b))(batch)
+
+
+def parameters(net: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Initial parameters, moved so that no bias is 0 and no scale 1."""
+    made = jax.jit(lambda: net.init(jax.random.key(0), *args, **kwargs))()
+    return jax.tree.map(lambda a: a + 0.1 * jnp.asarray(np.random.default_rng(1).normal(size=a.shape), a.dtype), made)
+
+
+# ---- the loss
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("objective", ["l2", "l1"])
+def test_the_loss_by_hand(objective: str, normalize: bool) -> None:
+    task = Masked("m", block=BLOCK, objective=objective, normalize=normalize)
+    batch = prepared(task, 0, batch_of())
+    batch["modality"] = jnp.asarray([[True, False], [True, True]])
+    hidden = ~batch["m/visible"]
+    prediction = jnp.asarray(RNG.normal(size=IMAGE.shape), jnp.float32)
+    found = task.loss([prediction, hidden], batch)
+    for row in range(2):
+        errors = []
+        for block in np.argwhere(np.asarray(hidden[row])):
+            at = tuple(slice(4 * i, 4 * i + 4) for i in block)
+            for channel in range(2 if row else 1):
+                want = np.asarray(IMAGE[row])[(*at, channel)].astype(np.float64)
+                if normalize:
+                    want = (want - want.mean()) / np.sqrt(want.var() + 1e-6)
+                gap = np.asarray(prediction[row])[(*at, channel)] - want
+                errors.append(np.mean(gap**2 if objective == "l2" else np.abs(gap)))
+        assert float(found[row]) == pytest.approx(np.mean(errors), rel=1e-5)
+
+
+def test_what_is_visible_does_not_count() -> None:
+    task = Masked("m", block=BLOCK, ratio=0.6)
+    batch = prepared(task, 0, batch_of())
+    hidden = ~batch["m/visible"]
+    prediction = jnp.asarray(RNG.normal(size=IMAGE.shape), jnp.float32)
+    seen = spread(batch["m/visible"], SIZE)[..., None]
+    value, gradient = jax.value_and_grad(lambda p: task.loss([p, hidden], batch).sum())(prediction)
+    wild = jnp.where(seen, jnp.nan, prediction)
+    assert float(task.loss([wild, hidden], batch).sum()) == float(value)
+    assert not np.asarray(jnp.where(seen, gradient, 0.0)).any()
+    assert np.asarray(jnp.where(seen, 1.0, gradient)).all()
+
+
+def test_blocks_are_as_many_as_asked_and_each_examples_own() -> None:
+    task = Masked("m", block=BLOCK, ratio=0.6)
+    whole = prepared(task, 0, batch_of())["m/visible"]
+    assert (np.asarray(whole).sum((1, 2, 3)) == 64 - round(0.6 * 64)).all()
+    assert (np.asarray(whole[0]) != np.asarray(whole[1])).any()
+    second = {k: v[1:] for k, v in batch_of().items()}
+    np.testing.assert_array_equal(prepared(task, 0, second)["m/visible"][0], whole[1])
+    other = prepared(Masked("n", block=BLOCK, ratio=0.6), 0, batch_of())["n/visible"]
+    assert (np.asarray(other) != np.asarray(whole)).any()
+
+
+def test_blocks_are_the_voxels_they_say() -> None:
+    blocks = reconstruction.to_blocks(IMAGE, (4, 2, 1))
+    np.testing.assert_array_equal(reconstruction.from_blocks(blocks, (4, 8, 16)), IMAGE)
+    np.testing.assert_array_equal(blocks[1, 2, 1, 0].reshape(4, 8, 16, 2), IMAGE[1, 8:12, 8:16])
+
+
+# ---- the encoder sees what is visible
+
+
+def encoded(net: nn.Module, params: Any, image: jax.Array, visible: jax.Array) -> list[jax.Array]:
+    sparse = Sparse(visible)
+    with nn.intercept_methods(sparse):
+        pyramid: Any = net.apply(params, hide(image, visible))
+    return sparse.levels or pyramid
+
+
+@pytest.mark.parametrize("name", list(NETS))
+def test_a_visible_box_is_encoded_as_if_it_were_all(name: str) -> None:
+    """Statistics, convolutions and all: the dense net on the cropped box says the same, and elsewhere there is 0."""
+    net = NETS[name]
+    params = parameters(net, IMAGE)
+    visible = jnp.zeros((2, 4, 4, 4), bool).at[:, 1:3, 0:3, 2:4].set(True)
+    box = (slice(None), slice(4, 12), slice(0, 12), slice(8, 16))
+    encode = jax.jit(lambda x, visible: encoded(net, params, x, visible))
+    levels, alone = encode(IMAGE, visible), encode(IMAGE[box], jnp.ones((2, 2, 3, 2), bool))
+    changed = jnp.where(spread(visible, SIZE)[..., None], IMAGE, 7.0)
+    for level, want in zip(levels, alone, strict=True):
+        factor = 16 // level.shape[1]
+        inside = (slice(None), *(slice(s.start // factor, s.stop // factor) for s in box[1:]))
+        np.testing.assert_allclose(level[inside], want, atol=2e-5)
+        assert not np.asarray(hide(level, ~visible)).any()
+    if name in ("unet", "resenc"):
+        plain = jax.jit(lambda x: dense_levels(net, params, x))(IMAGE[box])
+        for level, want in zip(alone, plain, strict=True):
+            np.testing.assert_allclose(level, want, atol=2e-5)
+    for level, want in zip(encode(changed, visible), levels, strict=True):
+        np.testing.assert_array_equal(level, want)
+
+
+def dense_levels(net: nn.Module, params: Any, image: jax.Array) -> list[jax.Array]:
+    """The encoder's levels of a net that knows nothing of masks."""
+    from medjax.models.layers import Bridge
+
+    kept: list[jax.Array] = []
+
+    def keep(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if isinstance(context.module, Bridge) and context.method_name == "__call__":
+            kept.extend(args[0])
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(keep):
+        net.apply(params, image)
+    return kept
+
+
+def program(backbone: nn.Module, task: Masked) -> Any:
+    """Outputs of a prepared batch, with parameters made once."""
+    model = Model(backbone, {"m": task.head()})
+    params = parameters(model, IMAGE, train=True)
+    return jax.jit(lambda b: model.apply(params, b["image"], train=True, views=tasks.views({"m": task}, b))["m"])
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options"),
+    [
+        (NETS["unet"], {"decoder": "light"}),
+        (NETS["resenc"], {"decoder": "backbone"}),
+        (NETS["resnet"], {"decoder": "light"}),
+        (NETS["unet"], {"method": "simmim"}),
+        (ViT(features=12, depth=2, heads=2, mlp=16, patch=(4, 4, 4)), {"features": 8, "heads": 2, "depth": 1}),
+        (ViT(features=12, depth=1, heads=2, mlp=16, patch=(4, 4, 4)), {"method": "simmim"}),
+        (UNETR(features=12, depth=4, heads=2, mlp=16, patch=(2, 2, 2), decoder_features=4), {"features": 8}),
+        (Swin(features=6, depths=(1, 1), heads=(1, 2), window=(2, 2, 2)), {"method": "simmim"}),
+    ],
+    ids=["sparse", "own-decoder", "encoder", "simmim", "mae-vit", "simmim-vit", "mae-unetr", "simmim-swin"],
+)
+def test_hidden_voxels_are_never_seen(backbone: nn.Module, options: dict[str, Any]) -> None:
+    task = Masked("m", block=BLOCK, **options)
+    batch = prepared(task, 0, batch_of())
+    run = program(backbone, task)
+    prediction, counted = run(batch)
+    np.testing.assert_array_equal(counted, ~batch["m/visible"])
+    assert prediction.shape == IMAGE.shape
+    assert prediction.dtype == jnp.float32
+    hidden = spread(counted, SIZE)[..., None]
+    changed = {**batch, "image": jnp.where(hidden, 9.0, IMAGE)}
+    again, _ = run(changed)
+    np.testing.assert_array_equal(again, prediction)
+    seen = {**batch, "image": jnp.where(hidden, IMAGE, IMAGE + 1.5 * (IMAGE > 0))}
+    other, _ = run(seen)
+    assert float(jnp.abs(other - prediction).max()) > 1e-4
+
+
+def test_a_transformer_sees_visible_tokens_alone() -> None:
+    """The tokens of MAE are those a transformer makes of the visible ones, counted by hand."""
+    task = Masked("m", block=(8, 4, 4), features=8, depth=1, heads=2)
+    net = ViT(features=12, depth=1, heads=2, mlp=16, patch=(4, 4, 4))
+    seen: list[tuple[int, ...]] = []
+
+    def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if type(context.module).__name__ == "TransformerBlock" and context.module.name == "block0":
+            seen.append(args[0].shape)
+        return call(*args, **kwargs)
+
+    model = Model(net, {"m": task.head()})
+    params = parameters(model, IMAGE, train=True)
+    batch = prepared(task, 0, batch_of())
+    with nn.intercept_methods(note):
+        model.apply(params, batch["image"], train=True, views=tasks.views({"m": task}, batch))
+    assert seen == [(2, 16, 12), (2, 64, 8)]  # a quarter of the 64 tokens; then the decoder's
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize("ratio", [0, 1, -0.1, 1.5])
+def test_ratio_is_a_share(ratio: float) -> None:
+    with pytest.raises(UserError, match=r"tasks\.m\.ratio"):
+        Masked("m", ratio=ratio)
+
+
+def test_what_cannot_be_masked_is_refused() -> None:
+    with pytest.raises(UserError, match="hides 0"):
+        Masked("m", ratio=0.2).check((32, 16, 16))
+    with pytest.raises(UserError, match="whole blocks"):
+        Masked("m").check((40, 16, 16))
+    with pytest.raises(UserError, match="method='nae' is not known"):
+        Masked("m", method="nae")
+    small = Masked("m", block=(4, 4, 4))
+    deep = UNet(features=(4, 4, 4, 4), convs=1, decoder_convs=1)
+    swin = Swin(features=6, depths=(1, 1), heads=(1, 2), window=(2, 2, 2))
+    own = Masked("m", block=BLOCK, decoder="backbone")
+    for net, task, message in (
+        (deep, small, "multiple of the network's total downsampling"),
+        (NETS["resnet"], own, "no decoder of its own"),
+        (swin, small, "use 'simmim'"),
+    ):
+        model = Model(net, {"m": task.head()})
+        with pytest.raises(UserError, match=message):
+            jax.eval_shape(lambda model=model: model.init(jax.random.key(0), IMAGE, train=True))
+
+
+# ---- through the spine
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cohort(tmp_path_factory.mktemp("masked") / "cohort")
+
+
+def recipe(file: Path, cohort: Path, tasks: str) -> Path:
+    text = RECIPE.format(cohort=str(cohort))
+    file.write_text(text.replace('{"spheres": {"type": "segmentation", "levels": 1}}', tasks))
+    return file
+
+
+def test_pretraining_alone(cohort: Path, tmp_path: Path) -> None:
+    file = recipe(tmp_path / "mae.py", cohort, '{"mae": {"type": "masked", "block": (4, 4, 4), "decoder": "backbone"}}')
+    run = tmp_path / "run"
+    main.main([f"--config={file}", f"--workdir={run}"])
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(row["train/loss"]) for row in rows if "train/loss" in row)
+    judged = [row for row in rows if "val/error" in row]
+    assert [row["step"] for row in judged] == [4, 8]
+    assert all(row["val/score"] == pytest.approx(max(0, row["val/explained"]), abs=1e-6) for row in judged)
+    assert judged[-1]["val/error"] == pytest.approx(judged[-1]["val/loss"], rel=1e-4)
+    assert (run / "pretext" / "mae_0_0000008.png").exists()
+    summary = json.loads((run / "eval" / "val" / "summary.json").read_text())
+    best = max(judged, key=lambda row: row["val/score"])
+    assert summary["metrics"]["error"]["mean"] == pytest.approx(best["val/error"], rel=1e-4)
+    assert not list((run / "eval").rglob("*.nii.gz"))
+    assert (run / "eval" / "val" / "mae_0.png").exists()
+    with pytest.raises(UserError, match="only self-supervised"):
+        predict.main([f"--run={run}", f"--input={cohort / 'imagesTr'}", f"--output={tmp_path / 'out'}"])
+
+
+def test_pretraining_beside_a_supervised_task(cohort: Path, tmp_path: Path) -> None:
+    both = '{"spheres": {"type": "segmentation", "levels": 1}, "mae": {"type": "masked", "block": (4, 4, 4)}}'
+    run = tmp_path / "run"
+    file = recipe(tmp_path / "both.py", cohort, both)
+    main.main([f"--config={file}", f"--workdir={run}", "--config.optim.accumulate=2", "--config.train.total=2 steps"])
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    first = next(row for row in rows if "train/loss" in row)
+    assert first["train/loss"] == pytest.approx(first["train/loss/spheres"] + first["train/loss/mae"], rel=1e-5)
+    metrics = json.loads((run / "eval" / "test" / "summary.json").read_text())["metrics"]
+    assert {"spheres/dice", "mae/error", "mae/explained"} <= set(metrics)
+    assert (run / "eval" / "test" / "predictions" / "case7.nii.gz").exists()

@@ -1,0 +1,178 @@
+"""Volumes without targets: any folder of files, what cannot be used is listed and left out, the rest is trained on."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from tiny import RECIPE, write_cohort
+
+from medjax import main
+from medjax.data import cohort as cohorts
+from medjax.data import dataset
+from medjax.data.unlabelled import usable
+from medjax.errors import UserError
+
+RNG = np.random.default_rng(0)
+SPEC = {"spacing": None}
+
+
+def save(path: Path, array: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, np.diag([2.0, 2.0, 2.0, 1.0])), path)
+    return path
+
+
+def noise(*shape: int) -> np.ndarray:
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight good volumes, and one of every kind of bad file."""
+    root = tmp_path_factory.mktemp("unlabelled")
+    for i in range(6):
+        save(root / f"good{i}.nii.gz", noise(20, 20, 18 + i))
+    save(root / "deeper" / "good.nii", noise(20, 20, 20))
+    save(root / "twin_a.nii.gz", noise(20, 20, 20))
+    (root / "twin_b.nii.gz").write_bytes((root / "twin_a.nii.gz").read_bytes())
+    save(root / "bad_2d.nii.gz", noise(20, 20))
+    save(root / "bad_slice.nii.gz", noise(20, 20, 1))
+    save(root / "bad_4d.nii.gz", noise(20, 20, 20, 5))
+    save(root / "bad_constant.nii.gz", np.full((20, 20, 20), 3, np.int16))
+    nan = noise(20, 20, 20)
+    nan[3, 4, 5] = np.nan
+    save(root / "bad_nan.nii.gz", nan)
+    rgb = np.zeros((20, 20, 20), np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
+    rgb["R"] = RNG.integers(0, 255, rgb.shape)
+    save(root / "bad_rgb.nii.gz", rgb)
+    whole = (root / "good0.nii.gz").read_bytes()
+    (root / "bad_truncated.nii.gz").write_bytes(whole[: len(whole) // 2])
+    (root / "bad_text.nii.gz").write_bytes(gzip.compress(b"not a volume"))
+    (root / "bad_empty.nii").write_bytes(b"")
+    (root / ".hidden.nii.gz").write_bytes(b"")
+    (root / "notes.txt").write_text("no image")
+    return root
+
+
+def test_every_file_is_a_case(folder: Path) -> None:
+    cohort = cohorts.from_files(folder, "T1")
+    assert cohort.modalities == ("T1",)
+    assert {"deeper_good", "good0", "bad_rgb"} <= {case.id for case in cohort.cases}
+    assert not any("hidden" in case.id or "notes" in case.id for case in cohort.cases)
+    assert all(not case.targets and case.group == case.id for case in cohort.cases)
+    grouped = cohorts.from_files(folder, "T1", group="(good|bad|twin)")
+    assert {case.group for case in grouped.cases} == {"good", "bad", "twin"}
+
+
+def test_what_cannot_be_used_is_listed(folder: Path) -> None:
+    cohort = usable(cohorts.from_files(folder), SPEC)
+    assert {case.id for case in cohort.cases} == {f"good{i}" for i in range(6)} | {"deeper_good", "twin_a"}
+    reasons = {problem.case: problem.message for problem in cohort.skipped}
+    for case, word in {
+        "bad_2d": "2-D",
+        "bad_slice": "single slice",
+        "bad_4d": "4-D",
+        "bad_constant": "constant",
+        "bad_nan": "NaN",
+        "bad_rgb": "RGB",
+        "bad_truncated": "bad_truncated",
+        "bad_text": "bad_text",
+        "bad_empty": "empty",
+        "twin_b": "same voxels as case twin_a",
+    }.items():
+        assert word in reasons.pop(case), case
+    assert not reasons
+
+
+def test_nothing_left_is_an_error(folder: Path, tmp_path: Path) -> None:
+    for name in ("bad_2d.nii.gz", "bad_rgb.nii.gz"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    with pytest.raises(UserError, match="no case is left that can be used; 2 were skipped"):
+        usable(cohorts.from_files(tmp_path), SPEC)
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(UserError, match="holds no NIfTI file"):
+        cohorts.from_files(tmp_path / "nothing")
+
+
+def test_strict_unless_asked(folder: Path) -> None:
+    config = {"cohort": str(folder), "layout": "files", "exclude": (), "targets": {}, "images": {}, "group": ""}
+    config |= {"modalities": (), "labels": {}, "classes": {}, "findings": {}, "options": {}, "table": "", "id": "id"}
+    config |= {
+        "preprocess": {"missing": "error"},
+        "split": {"file": "", "column": "", "folds": 4, "fold": 0, "test": 0.0, "stratify": ""},
+    }
+    cohort = dataset.open_cohort(config, {"mae": {"type": "masked"}})
+    assert not cohort.skipped
+    with pytest.raises(UserError, match="bad_"):
+        dataset.open_splits(cohort, config, 0)
+
+
+def recipe(file: Path, cohort: Path) -> Path:
+    text = RECIPE.format(cohort=str(cohort))
+    tasks = '{"mae": {"type": "masked", "block": (4, 4, 4)}}'
+    file.write_text(text.replace('{"spheres": {"type": "segmentation", "levels": 1}}', tasks))
+    return file
+
+
+def test_pretraining_on_a_folder(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    options = ["--config.data.layout=files", "--config.data.skip_unreadable=true", "--config.data.split.folds=4"]
+    more = ["--config.data.split.file=", "--config.train.total=2 steps", "--config.train.eval_every=2 steps"]
+    main.main([f"--config={recipe(tmp_path / 'r.py', folder)}", f"--workdir={run}", *options, *more])
+    rows = list(csv.DictReader((run / "skipped.csv").open()))
+    assert len(rows) == 10
+    assert all(row["reason"] for row in rows)
+    assert "skipped     10 of 18 cases" in capsys.readouterr().out
+    summary = json.loads((run / "eval" / "val" / "summary.json").read_text())
+    assert summary["n_cases"] == 2
+
+
+def test_more_volumes_beside_a_cohort(folder: Path, tmp_path: Path) -> None:
+    config_of = {"folder": str(folder), "modality": ""}
+    cohort = write_cohort(tmp_path / "cohort")
+    run = tmp_path / "run"
+    options = [f"--config.data.extra={config_of}", "--config.data.skip_unreadable=true"]
+    more = ["--config.train.total=2 steps", "--config.train.eval_every=2 steps"]
+    main.main([f"--config={recipe(tmp_path / 'r.py', cohort)}", f"--workdir={run}", *options, *more])
+    assert len(list(csv.DictReader((run / "skipped.csv").open()))) == 10
+    # The cohort's own split, to which the folder's volumes are added for training.
+    assert json.loads((run / "eval" / "val" / "summary.json").read_text())["n_cases"] == 1
+
+
+def test_extra_volumes_have_a_modality(folder: Path) -> None:
+    from medjax.data.unlabelled import with_extra
+
+    case = cohorts.Case("a", "a", {"T1": Path("x"), "T2": Path("x")})
+    cohort = cohorts.Cohort("c", folder, ("T1", "T2"), {}, (case,))
+    with pytest.raises(UserError, match="say which of T1, T2"):
+        with_extra(cohort, str(folder), "", True)
+    with pytest.raises(UserError, match="no such modality"):
+        with_extra(cohort, str(folder), "FLAIR", True)
+    with pytest.raises(UserError, match="missing='zero'"):
+        with_extra(cohort, str(folder), "T1", False)
+    both = with_extra(cohort, str(folder), "T2", True)
+    assert {tuple(case.images) for case in both.extra} == {("T2",)}
+
+
+@pytest.mark.real
+def test_odd_files(data_root: Path) -> None:
+    """Everything odd there is: nothing raises, and what is left is volumes."""
+    cohort = usable(cohorts.from_files(data_root / "odd_files" / "real"), SPEC)
+    left = {case.id for case in cohort.cases}
+    assert not {name for name in left if name[:2] in ("2d", "4d", "5d") or name.startswith(("rgb", "complex"))}
+    assert not {"constant_ones", "broken_short", "single_slice_lax", "empty_label"} & left
+    assert {"anat_33x41x25", "scaled_T1_slope0.004", "nifti2_small", "analyze_ras"} <= left
+    # One brain in 48 axis orders holds one set of voxels.
+    assert sum(name.startswith("orient48") for name in left) == 1
+
+
+@pytest.mark.real
+def test_brain_unlabelled(data_root: Path) -> None:
+    cohort = usable(cohorts.from_files(data_root / "brain_unlabelled"), SPEC)
+    assert len(cohort.cases) == 12
