@@ -28,7 +28,7 @@ CASES: dict[str, tuple[tuple[int, ...], int, dict[str, Any]]] = {
     "vit": ((4, 64, 64, 64, 1), 8, {"features": 384, "depth": 8, "heads": 6, "mlp": 1536}),
     "unet": ((2, 64, 64, 64, 4), 8, {"features": (16, 32, 64, 128)}),
 }
-_DECODER = {"features": 192, "depth": 2, "heads": 6}
+_DECODER: dict[str, Any] = {"features": 192, "depth": 2, "heads": 6}
 _RATE = 1e-4
 
 Setup = Callable[[], tuple[Callable[[], Any], dict[str, str]]]
