@@ -353,7 +353,7 @@ def draw_curves(workdir: Path) -> None:
 
 def say_skipped(cohort: Cohort, workdir: Path) -> None:
     """The cases that were left out for what is wrong with them, at the terminal and in `skipped.csv`."""
-    if not cohort.skipped:
+    if not cohort.skipped or not processes.primary():
         return
     rows = [{"case": p.case, "file": p.file, "reason": p.message} for p in cohort.skipped]
     write_table(rows, workdir / "skipped.csv")
