@@ -18,9 +18,10 @@ from jax import Array
 from medjax.errors import UserError
 from medjax.models.attention import TransformerBlock
 from medjax.models.decoders import factor_between
-from medjax.models.layers import Bridge, Conv3D, ConvBlock, LayerNorm, Linear, PatchConvTranspose, gelu
+from medjax.models.layers import Bridge, Conv3D, ConvBlock, LayerNorm, Linear, PatchConvTranspose
 from medjax.models.sparse import Sparse, hide, spread
 from medjax.models.vit import ViT
+from medjax.ops.gelu import gelu
 
 View = Mapping[str, Array]
 _small = nn.initializers.normal(0.02)
