@@ -16,7 +16,7 @@ from medjax.data import cohort as cohorts
 from medjax.data import dataset, pipeline, preprocess, sampler, store
 from medjax.errors import UserError
 from medjax.logging import Progress, say
-from medjax.models.model import Model, build_model
+from medjax.models.model import Model, build_model, check_heads
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def open_job(config: ConfigDict) -> Job:
     total = steps_of(config, "train.total", len(splits["train"]))
     plan = preprocess.fit(config.data.preprocess, cohort, splits["train"])
     model = build_model(config, job)
+    check_heads(model, len(plan.modalities))
     if config.data.buckets:
         # What the network is made for, and the window of prediction: whatever volume there is.
         cases = (*splits["train"], *splits.get("val", ()))

@@ -26,6 +26,8 @@ class DenseHead(nn.Module):
       outputs: channels per voxel. levels: how many levels get logits (deep supervision); at evaluation only the first.
     """
 
+    on_grid = True  # the outputs are taken to lie on the image's own grid
+
     outputs: int
     levels: int = 1
 
@@ -93,6 +95,8 @@ class HeatHead(nn.Module):
       start: initial bias [K]; a heat map begins at the logit of a small probability (Lin et al. 2017, focal loss).
       offset: first of three channels that point from a voxel to a centre, in voxels of the finest grid; None: none.
     """
+
+    on_grid = True  # the outputs are taken to lie on the image's own grid
 
     outputs: int
     features: int = 32

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -42,12 +42,35 @@ class Model(nn.Module):
         outputs: dict[str, Any] = {}
         if self.is_initializing() or len(pretext) < len(self.heads):
             pyramid = self.insert.call(self.backbone, x, train=train) if self.insert else self.backbone(x, train=train)
+            check_grid(self, x.shape, pyramid[0].shape)
         for name, head in self.heads.items():
             if name not in pretext:
                 outputs[name] = head(pyramid, train=train)
             elif name in views:
                 outputs[name] = head(self.backbone, views[name], train=train)
         return outputs
+
+
+def check_grid(model: Model, image: Sequence[int], finest: Sequence[int]) -> None:
+    """Refuses heads that speak of every voxel on a pyramid whose finest level is not the image's grid.
+
+    Args:
+      image, finest: shapes [B, X, Y, Z, C] of the image and of the pyramid's first level.
+    """
+    dense = [name for name, head in model.heads.items() if _on_grid(head)]
+    if dense and tuple(image[1:4]) != tuple(finest[1:4]):
+        grids = ["×".join(map(str, shape[1:4])) for shape in (image, finest)]
+        raise UserError(
+            f"config: task '{dense[0]}' says something of every voxel, but the finest level of this "
+            f"{type(model.backbone).__name__} is {grids[1]} for an image of {grids[0]}: it is an encoder alone. Give "
+            "it a decoder (model.decoder='unet'; of a vit 'unetr'), or choose a network that has one (model.name: "
+            "unet, nnunet, resenc, mednext, unetr, swin_unetr)."
+        )
+
+
+def _on_grid(head: nn.Module) -> bool:
+    """Whether a head speaks of every voxel of the image; heads of one's own may say so by an attribute `on_grid`."""
+    return getattr(head, "on_grid", False)
 
 
 def build_model(config: Mapping[str, Any], tasks: Mapping[str, Any]) -> Model:
@@ -57,6 +80,13 @@ def build_model(config: Mapping[str, Any], tasks: Mapping[str, Any]) -> Model:
         raise UserError(f"config: train.precision '{precision}' is not known; known: {', '.join(DTYPES)}")
     heads = {name: task.head() for name, task in tasks.items()}
     return Model(models.build(config["model"], DTYPES[precision]), heads, insert(config.get("peft")))
+
+
+def check_heads(model: Model, channels: int) -> None:
+    """Raises at once what the first call of an encoder without a decoder would (`check_grid`), before data is read."""
+    if getattr(model.backbone, "decoder", "") == "none" and any(_on_grid(head) for head in model.heads.values()):
+        shape = (1, *(2 * factor for factor in model.backbone.total_factor()), channels)
+        jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(shape), train=False))
 
 
 def parameter_count(params: Any) -> int:
