@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from medjax.data import nifti
+from medjax.data import hashes, nifti
 from medjax.data.cases import Case, Cohort, Finding, Intake, Problem, Target, check_keys, nearest
 from medjax.data.readers import from_bids, from_files, from_folder, from_manifest, from_msd, from_nnunet
 from medjax.data.tables import load_rows
@@ -36,6 +36,7 @@ __all__ = [
     "Target",
     "check_keys",
     "content_hash",
+    "content_hashes",
     "from_bids",
     "from_files",
     "from_folder",
@@ -112,16 +113,20 @@ def content_hash(path: str | os.PathLike[str]) -> str:
     """Digest of an image's voxels and shape, in RAS order and float32.
 
     Compression, dtype, scaling and axis order do not change it, so the same image is found under another name. Cached
-    by path, size and modification time.
+    by path, size and times, in this process; `medjax.data.hashes` remembers it longer.
     """
-    status = os.stat(path)
-    return _content_hash(os.path.abspath(path), status.st_size, status.st_mtime_ns)
+    return _content_hash(os.path.abspath(path), str(hashes.stamp(Path(path))))
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _content_hash(path: str, size: int, mtime: int) -> str:
-    del size, mtime  # part of the cache's key only
+def _content_hash(path: str, stamp: str) -> str:
+    del stamp  # part of the cache's key only
     return voxel_hash(nifti.read(path))
+
+
+def content_hashes(paths: Iterable[Path]) -> list[str]:
+    """`content_hash` of each, read only where no process before has: see `medjax.data.hashes`."""
+    return hashes.remembered(content_hash, paths, workers=min(4, os.cpu_count() or 1))
 
 
 def voxel_hash(volume: Volume) -> str:
@@ -154,7 +159,8 @@ def split(cohort: Cohort, spec: Mapping[str, Any], seed: int = 0, check_content:
         `{}`: the cohort's own splits (`from_msd`, the split column of `from_manifest`).
         Empty values ('' or 0) count as not given.
       seed: of the folds.
-      check_content: compare the images' voxels across splits (`content_hash`; reads every image once a process).
+      check_content: compare the images' voxels across splits (`content_hash`; reads the images that are new or have
+        changed since a process last did, see `medjax.data.hashes`).
 
     Returns:
       split name -> its cases, in the cohort's order; `Cohort.extra` come last in 'train'. Folds depend on the patients
@@ -287,8 +293,7 @@ def _check_content(splits: Splits) -> None:
         for case in cases:
             for path in case.images.values():
                 places[path][case.id] = name
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(content_hash, places))
+    digests = content_hashes(places)
     same: dict[str, dict[tuple[Path, str], str]] = defaultdict(dict)
     for (path, holders), digest in zip(places.items(), digests, strict=True):
         same[digest] |= {(path, id): name for id, name in holders.items()}

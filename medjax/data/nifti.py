@@ -433,6 +433,11 @@ class _Source:
 _CIFTI = "{path}: a CIFTI file (values of surface points), not a volume. Give the volume it was made from."
 
 
+def files_of(path: Path) -> tuple[Path, ...]:
+    """The files an image at `path` consists of: itself, or header and voxels of a pair."""
+    return tuple(part for part in _pair(path) if part is not None)
+
+
 def _pair(path: Path) -> tuple[Path, Path | None]:
     """(file of the header, file of the voxels or None where it is the same)."""
     name = path.name

@@ -51,12 +51,17 @@ class Unavailable(Exception):
     """The native library cannot be had here. `str(error)` says why and what would cure it."""
 
 
-def cache_folder() -> Path:
-    """Where built libraries are kept: `MEDJAX_CACHE`, else `$XDG_CACHE_HOME/medjax`, else `~/.cache/medjax`."""
+def cache_root() -> Path:
+    """The user's cache of medjax: `MEDJAX_CACHE`, else `$XDG_CACHE_HOME/medjax`, else `~/.cache/medjax`."""
     explicit = os.environ.get("MEDJAX_CACHE")
     if explicit:
-        return Path(explicit).expanduser() / "native"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medjax" / "native"
+        return Path(explicit).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medjax"
+
+
+def cache_folder() -> Path:
+    """Where built libraries are kept: in `cache_root`."""
+    return cache_root() / "native"
 
 
 def _wheel_file(wheel: str, name: str) -> Path:
