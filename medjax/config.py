@@ -133,8 +133,10 @@ def defaults() -> ConfigDict:
     c.optim.warmup = "0 steps"
     c.optim.clip = 12.0  # global gradient norm; 0: off
     c.optim.accumulate = 1  # rounds a batch is cut into
-    c.optim.balance = "fixed"  # of several tasks: their weights as given, or 'uncertainty': trained beside them
+    c.optim.balance = "fixed"  # of several tasks: their weights as given, or learnt: 'uncertainty', 'gradnorm'
+    c.optim.gradnorm = ConfigDict({"alpha": 1.5, "rate": 0.025})  # pull of the slower tasks; step of the weights
     c.optim.ema = 0.0  # decay of the averaged weights; 0: off
+    c.optim.swa = ConfigDict({"start": "", "interval": "1 epochs"})  # or their equal mean from then on; '': off
     # (regex, {'lr': factor, 'decay': factor}): the first that matches a parameter's path rules it; lr 0 freezes it.
     c.optim.rules = ((r".*/kernel", {"lr": 1.0, "decay": 1.0}), (r".*", {"lr": 1.0, "decay": 0.0}))
     c.optim.layer_decay = 1.0  # learning rate of each encoder stage relative to the next deeper one

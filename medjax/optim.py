@@ -159,3 +159,52 @@ def ema(average: Any, params: Any, decay: float, step: Any) -> Any:
     """Averaged weights after a step; the decay warms up as (1 + step) / (10 + step), as TensorFlow's average does."""
     d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda a, p: d * a + (1.0 - d) * p, average, params)
+
+
+def swa(average: Any, params: Any, step: Any, start: int, interval: int) -> Any:
+    """Stochastic weight averaging (Izmailov et al. 2018, arXiv:1803.05407) after a step.
+
+    The equal mean of the parameters after steps `start`, `start + interval`...; before the first of them the
+    parameters themselves. How many are in it follows from the step, so nothing else is carried along.
+
+    Args:
+      step: number of steps before this one.
+    """
+    since = step + 1 - start
+    taken, before = (since >= 0) & (since % interval == 0), since // interval
+
+    def follow(a: Any, p: Any) -> Any:
+        mean = a + (p - a) / (before + 1)
+        return jnp.where(since <= 0, p, jnp.where(taken, mean, a))
+
+    return jax.tree.map(follow, average, params)
+
+
+def averaging(
+    decay: float, options: Mapping[str, Any], total: int, start: int, interval: int
+) -> Callable[[Any, Any, Any], Any] | None:
+    """`(average, params, step) -> average`: exponential (`ema`), or by `swa`; None where neither is asked for.
+
+    Instance norm, the backbones' default, keeps no statistics, so the averaged weights need none computed anew; nor do
+    the frozen ones of converted networks.
+
+    Args:
+      decay: of the exponential average; 0: none. options: `config.optim.swa`.
+      total, start, interval: in steps; the last two of `optim.swa`.
+    """
+    if not options["start"]:
+        return (lambda a, p, step: ema(a, p, decay, step)) if decay else None
+    if decay:
+        raise UserError(
+            f"config: optim.swa.start='{options['start']}' averages the weights, and so does an exponential average of "
+            f"decay {decay} (optim.ema, or the teacher of semi.method); one average is evaluated: set optim.ema=0, or "
+            "optim.swa.start=''"
+        )
+    if not 1 <= start <= total:
+        raise UserError(
+            f"config: optim.swa.start='{options['start']}' is step {start}; it must lie within the {total} steps of "
+            "the run (train.total)"
+        )
+    if interval < 1:
+        raise UserError(f"config: optim.swa.interval='{options['interval']}' must be at least one step")
+    return lambda a, p, step: swa(a, p, step, start, interval)

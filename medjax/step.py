@@ -10,17 +10,15 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
+from medjax import balance as balancing
 from medjax import config as config_lib
 from medjax import optim, parallel, peft, tasks, transfer
 from medjax import semi as semi_lib
 from medjax.augment import policy
-from medjax.errors import UserError
 from medjax.job import Job, steps_of
-from medjax.losses import weighting
 from medjax.ops import native
 
 # Streams of the run's key: of dropout, of the second network's first parameters, of the first factors of `medjax.peft`.
@@ -32,8 +30,8 @@ class State:
     """What training changes.
 
     Attributes:
-      average: exponential moving average of the parameters, or None.
-      balance: of several tasks weighed by uncertainty: (log variances [T], their optimizer's state); else None.
+      average: average of the parameters over the steps (`medjax.optim.averaging`), or None.
+      balance: what the rule by which several tasks are weighed has learnt (`medjax.balance`), or None.
       twin: of cross pseudo supervision: (the second network's parameters, their optimizer's state); else None.
       frozen: parameters that do not train, or None; `params` then lacks them. base: those that checkpoints leave out
         and refer to, or None (`medjax.peft`).
@@ -84,15 +82,17 @@ def make_state(config: ConfigDict, job: Job) -> tuple[Any, Callable, Callable[[]
         begins=begins,
     )  # fmt: skip
 
+    balance = balancing.build(config, job.tasks, rate)
+    averages = averaging(config, job) is not None
+
     def create() -> State:
-        (params, frozen, base), log_variances = divided(), jnp.zeros(len(job.tasks))
-        balance = (log_variances, optax.adam(rate).init(log_variances)) if by_uncertainty(config, job) else None
-        average = params if semi_lib.average_decay(config) else None
+        params, frozen, base = divided()
+        average = params if averages else None
         twin = None
         if config.semi.method == "cps":
             second = divided(twin=True)[0]
             twin = (second, tx.init(second))
-        return State(jnp.zeros((), jnp.int32), params, tx.init(params), average, balance, twin, frozen, base)
+        return State(jnp.zeros((), jnp.int32), params, tx.init(params), average, balance.create(), twin, frozen, base)
 
     return tx, rate, create
 
@@ -130,11 +130,11 @@ def refer(
     return reference or start.reference(paths, folder), state.replace(base=base)  # type: ignore[attr-defined]
 
 
-def by_uncertainty(config: ConfigDict, job: Job) -> bool:
-    """Whether the tasks are weighed by trained uncertainties (`optim.balance`); a single task has nothing to weigh."""
-    if config.optim.balance not in ("fixed", "uncertainty"):
-        raise UserError(f"config: optim.balance '{config.optim.balance}' is not known; known: fixed, uncertainty")
-    return config.optim.balance == "uncertainty" and len(job.tasks) > 1
+def averaging(config: ConfigDict, job: Job) -> Callable[[Any, Any, Any], Any] | None:
+    """`medjax.optim.averaging` of the run, of which the teacher of `config.semi` may be one."""
+    swa, n = config.optim.swa, len(job.splits["train"])
+    start, interval = (steps_of(config, f"optim.swa.{k}", n) if swa.start else 0 for k in ("start", "interval"))
+    return optim.averaging(semi_lib.average_decay(config), swa, job.total, start, interval)
 
 
 def make_semi(config: ConfigDict, job: Job) -> semi_lib.Semi | None:
@@ -185,16 +185,24 @@ def make_train_step(
     def laid(batch: Mapping[str, Any]) -> dict[str, Any]:
         return dict(batch) if mapped else parallel.spread(batch, mesh)
 
-    balanced, cuts = by_uncertainty(config, job), rounds * (mesh.size if mapped else 1)
     rate = optim.schedule(config.optim, job.total, steps_of(config, "optim.warmup", len(job.splits["train"])))
-    weights = jnp.asarray([task.weight for task in job.tasks.values()])
+    cuts = rounds * (mesh.size if mapped else 1)  # of a batch, each with its part of the losses
+    balance, follow = balancing.build(config, job.tasks, rate, cuts), averaging(config, job)
     semi = make_semi(config, job)
-    decay = semi_lib.average_decay(config)
 
-    def network(still: Sequence[Any], params: Any, image: Any, key: Any, train: bool = True, views: Any = None) -> Any:
+    def network(
+        still: Sequence[Any],
+        params: Any,
+        image: Any,
+        key: Any,
+        train: bool = True,
+        views: Any = None,
+        probes: Any = None,
+    ) -> Any:
         variables = {"params": peft.combine(params, *still)}
+        options: dict[str, Any] = {"train": train, "views": views, "probes": probes, "rngs": {"dropout": key}}
         with native.divisible(mesh.shape["space"]):
-            return job.model.apply(variables, image, train=train, views=views, rngs={"dropout": key})
+            return job.model.apply(variables, image, **options)
 
     def supervised(outputs: Any, batch: dict[str, Any], share: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         total, sums = 0.0, {}
@@ -209,28 +217,23 @@ def make_train_step(
         trained: tuple[Any, ...], others: tuple[Any, ...], batch: dict[str, Any], share: Mapping[str, Any], key: Any,
         number: Any,
     ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
-        (params, log_variances, second), (teacher, *still) = trained, others
+        (params, knobs, second), (teacher, *still) = trained, others
         forward = functools.partial(network, still)
         views = tasks.views(job.tasks, batch)
-        outputs = forward(params, batch["image"], key, views=views)
+        outputs = forward(params, batch["image"], key, views=views, probes=balance.probes(knobs))
         total, sums = supervised(outputs, batch, share)
         parts = {f"loss/{name}": value for name, value in sums.items()} if len(sums) > 1 else {}
-        extra: Any = 0.0
+        whole = balance.total(knobs, sums, share, total)
         if semi:
+            extra: Any = 0.0
             other = params if teacher is None else teacher
             if second is not None:
                 other = forward(second, batch["image"], jax.random.fold_in(key, _TWIN), views=views)
                 extra += supervised(other, batch, share)[0]
             more, found = semi.loss(forward, outputs, other, batch, share, key, number)
             extra, parts = extra + more, parts | found
-            total += extra
-        if balanced:
-            # A round (of one device's program) has its part of the losses, and so of the penalty on the variances.
-            terms, present = jnp.stack(list(sums.values())), jnp.stack([share[n] > 0 for n in job.tasks])
-            whole = weighting.uncertainty_total(terms, log_variances, present, weights)
-            penalty = 0.5 * jnp.where(present, weights * log_variances, 0.0).sum()
-            return whole - (1 - 1 / cuts) * penalty + extra, {"loss": total, **parts}
-        return total, {"loss": total, **parts}
+            total, whole = total + extra, whole + extra
+        return whole, {"loss": total, **parts}
 
     def step(state: State, batch: dict[str, Any]) -> tuple[State, dict[str, Any]]:
         batch = laid(augment(batch))
@@ -258,10 +261,10 @@ def make_train_step(
         drop = jax.random.fold_in(jax.random.fold_in(key, _DROPOUT), state.step)
         if mapped and mesh.size > 1:
             drop = jax.random.fold_in(drop, jax.lax.axis_index(parallel.AXES))
-        held = (state.params, state.balance[0] if balanced else None, state.twin[0] if state.twin else None)
+        held = (state.params, balance.knobs(state.balance), state.twin[0] if state.twin else None)
         trained = held if mapped else parallel.whole(held, mesh)
         if rounds == 1:
-            (grads, steepness, second), sums = gradient(trained, batch, drop)
+            (grads, slopes, second), sums = gradient(trained, batch, drop)
         else:
             # Round r takes rows r, r + rounds...: what lies on a device stays there.
             split = {k: v.reshape(-1, rounds, *v.shape[1:]).swapaxes(0, 1) for k, v in batch.items()}
@@ -273,30 +276,27 @@ def make_train_step(
 
             one = jax.tree.map(lambda v: v[0], split)
             zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, trained, one, drop))
-            ((grads, steepness, second), sums), _ = jax.lax.scan(add, zero, (jnp.arange(rounds), split))
-        (grads, steepness, second), sums = over_devices(((grads, steepness, second), sums))
+            ((grads, slopes, second), sums), _ = jax.lax.scan(add, zero, (jnp.arange(rounds), split))
+        (grads, slopes, second), sums = over_devices(((grads, slopes, second), sums))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p + u, state.params, updates)
         average = state.average
-        if average is not None:
-            average = optim.ema(average, params, decay, state.step)
-        balance = state.balance
-        if balanced:
-            change, moments = optax.adam(rate).update(steepness, balance[1])
-            balance = (balance[0] + change, moments)
-            sums |= {f"log_variance/{name}": balance[0][i] for i, name in enumerate(job.tasks)}
+        if follow:
+            average = follow(average, params, state.step)
+        each = {name: sums.get(f"loss/{name}") for name in job.tasks}
+        weighed, values = balance.update(state.balance, slopes, each, share)
         twin = state.twin
         if twin is not None:
             change, moments = tx.update(second, twin[1], twin[0])
             twin = (jax.tree.map(jnp.add, twin[0], change), moments)
         if semi:
-            sums["semi/ramp"] = semi.ramp(state.step)
+            values["semi/ramp"] = semi.ramp(state.step)
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
         finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
-        changed = {"params": params, "opt_state": opt_state, "average": average, "balance": balance, "twin": twin}
+        changed = {"params": params, "opt_state": opt_state, "average": average, "balance": weighed, "twin": twin}
         made = state.replace(**changed)  # type: ignore[attr-defined]
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), made, state)
-        return kept.replace(step=state.step + 1), {**sums, "grad_norm": norm, "skipped": ~finite}
+        return kept.replace(step=state.step + 1), {**sums, **values, "grad_norm": norm, "skipped": ~finite}
 
     everywhere = parallel.replicated(mesh)
     if mapped:

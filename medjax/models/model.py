@@ -33,10 +33,20 @@ class Model(nn.Module):
     insert: Insert | None = None
 
     def __call__(
-        self, x: Array, *, train: bool = False, views: Mapping[str, Mapping[str, Array]] | None = None
+        self,
+        x: Array,
+        *,
+        train: bool = False,
+        views: Mapping[str, Mapping[str, Array]] | None = None,
+        probes: Mapping[str, Array] | None = None,
     ) -> dict[str, Any]:
-        """Args: views: task -> what its pass of its own through the backbone takes (`medjax.tasks.views`); a
-        self-supervised task without one gives no outputs."""
+        """Outputs of every head.
+
+        Args:
+          views: task -> what its pass of its own through the backbone takes (`medjax.tasks.views`); a self-supervised
+            task without one gives no outputs.
+          probes: task -> 0.0; they tell how strongly each task pulls at the features (`tap`).
+        """
         pretext = {name: head for name, head in self.heads.items() if isinstance(head, PretextHead)}
         views = {name: head.blank(x) for name, head in pretext.items()} if self.is_initializing() else views or {}
         outputs: dict[str, Any] = {}
@@ -45,10 +55,24 @@ class Model(nn.Module):
             check_grid(self, x.shape, pyramid[0].shape)
         for name, head in self.heads.items():
             if name not in pretext:
-                outputs[name] = head(pyramid, train=train)
+                features = pyramid if probes is None else tap(pyramid, probes[name])
+                outputs[name] = head(features, train=train)
             elif name in views:
                 outputs[name] = head(self.backbone, views[name], train=train)
         return outputs
+
+
+@jax.custom_vjp
+def tap(features: list[Array], probe: Array) -> list[Array]:
+    """The features as they are. The gradient in `probe`, a float32 scalar, is the squared norm of that in them."""
+    return features
+
+
+def _tap_backward(_: None, gradients: list[Array]) -> tuple[list[Array], Array]:
+    return gradients, jnp.sum(jnp.stack([jnp.sum(jnp.square(g.astype(jnp.float32))) for g in gradients]))
+
+
+tap.defvjp(lambda features, probe: (features, None), _tap_backward)
 
 
 def check_grid(model: Model, image: Sequence[int], finest: Sequence[int]) -> None:
