@@ -24,6 +24,7 @@ from medjax.errors import UserError
 # Nodes whose keys are the user's own: the names of tasks, of modalities, of labels.
 OPEN = re.compile(
     r"tasks|tasks\.[^.]+\.regions"
+    r"|measures\.(frames|formulas)"
     r"|data\.(images|targets|labels|classes|options|preprocess\.normalize|sampling\.classes)"
 )
 
@@ -183,6 +184,14 @@ def defaults() -> ConfigDict:
     c.eval.windows = 1  # windows a network call
     c.eval.predictions = True  # write NIfTI on each input's own grid
     c.eval.pictures = True
+
+    c.measures = ConfigDict()  # docs/measures.md
+    c.measures.task = ""  # whose masks are measured; empty: the only task that has masks
+    c.measures.frames = ConfigDict()  # frame -> name of its case, '{patient}_frame{ED:02}', or a column, 'phase=ED'
+    c.measures.formulas = ConfigDict()  # measure -> formula over the masks of a patient; none: nothing is measured
+    c.measures.report = ()  # measures that are summed up and drawn; empty: all
+    # Class of the patients (a column), learnt from the training patients' reference masks by these measures.
+    c.measures.diagnosis = ConfigDict({"column": "", "measures": (), "shrinkage": 0.8})
 
     # Devices along each axis; -1: all that are left. The rows of a batch lie over data x fsdp, parameters over fsdp,
     # volumes along their first axis over space; docs/cluster.md.

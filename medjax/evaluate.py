@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from medjax import faults, pretext, processes, report
+from medjax import faults, measures, pretext, processes, report
 from medjax.data import cohort as cohorts
 from medjax.data import dataset, nifti, preprocess
 from medjax.errors import UserError, write_atomic
@@ -112,8 +112,9 @@ def _evaluate(workdir: Path, config: ConfigDict) -> None:
             f"the cohort '{cohort.name}' has {dict(cohort.labels)}"
         )
     splits = dataset.open_splits(cohort, config.data, config.seed)
+    gauge = measures.of_splits(config, run.tasks, splits, workdir)
     for name in splits_to_evaluate(config, splits):
-        evaluate_split(run, name, splits[name], workdir / "eval" / name)
+        evaluate_split(run, name, splits[name], workdir / "eval" / name, gauge(splits[name]))
 
 
 def splits_to_evaluate(config: ConfigDict, splits: Mapping[str, Any]) -> list[str]:
@@ -124,8 +125,11 @@ def splits_to_evaluate(config: ConfigDict, splits: Mapping[str, Any]) -> list[st
     return names
 
 
-def evaluate_split(run: Run, split: str, cases: Sequence[cohorts.Case], folder: Path) -> dict[str, Any]:
-    """Predicts, scores, writes and draws one split; returns the summary."""
+def evaluate_split(
+    run: Run, split: str, cases: Sequence[cohorts.Case], folder: Path, gauge: measures.Gauge | None = None
+) -> dict[str, Any]:
+    """Predicts, scores, measures, writes and draws one split; returns the summary."""
+    gauge = gauge or measures.Gauge(None, cases)
     began = time.perf_counter()
     options = run.config.eval
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,10 +153,12 @@ def evaluate_split(run: Run, split: str, cases: Sequence[cohorts.Case], folder: 
                 tables[name] += [{"case": case.id, **row} for row in task.table(decoded)]
             elif options.predictions:
                 write(task, decoded, like, outputs[name])
+            gauge.predicted(name, case.id, decoded, like.spacing)
             if name not in case.targets:
                 continue
             if task.kind == "dense":
                 mask = nifti.read_label(str(case.targets[name]))
+                gauge.reference(name, case.id, mask.data, mask.spacing)
                 found = task.score(decoded, mask.data, mask.spacing)
             else:
                 reference = task.reference(prepared.values[name], prepared.geometry)
@@ -164,8 +170,10 @@ def evaluate_split(run: Run, split: str, cases: Sequence[cohorts.Case], folder: 
         rows |= examiner.rows(run.params)
     rows = _gathered(f"scores of {split}", rows, key=lambda row: order[row["case"]])
     tables = _gathered(f"tables of {split}", tables, key=lambda row: order[row["case"]])
+    gauge.gather(split)
     if not processes.primary():
         return {}
+    measured = gauge.finish(folder, f"{run.config.name}, {split}", pictures=options.pictures)
     for name, found in tables.items():
         if options.predictions:
             (folder / "predictions").mkdir(exist_ok=True)
@@ -183,6 +191,7 @@ def evaluate_split(run: Run, split: str, cases: Sequence[cohorts.Case], folder: 
         "split": split,
         "n_cases": len({row["case"] for row in every}),
         "metrics": metrics,
+        **measured,
         "checkpoint": {"step": run.step, "kind": run.kind},
         "command": shlex.join(["python", "-m", "medjax.main", *sys.argv[1:]]),
         "versions": report.versions(),
@@ -283,6 +292,7 @@ def say_summary(summary: Mapping[str, Any], folder: Path) -> None:
                 value = metrics[metric] if name == "mean" else metrics[metric]["per_class"].get(name)
                 cells.append(f"{_with_interval(value):24}")
             say(f"  {name:{width}}  {''.join(cells)}".rstrip())
+    measures.say_summary(summary, folder)
 
 
 def _with_interval(value: Mapping[str, Any] | None) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medjax import config as config_lib
-from medjax import evaluate, parallel, tasks
+from medjax import evaluate, measures, parallel, tasks
 from medjax.data import cohort as cohorts
 from medjax.data import dataset, pipeline, preprocess, sampler, store
 from medjax.errors import UserError
@@ -48,6 +48,7 @@ def open_job(config: ConfigDict) -> Job:
     job = tasks.build(config.tasks, cohort.labels)
     for task in tasks.self_supervised(job).values():
         task.check(config.data.patch)
+    measures.check(config.measures, config.data, job, splits)
     total = steps_of(config, "train.total", len(splits["train"]))
     plan = preprocess.fit(config.data.preprocess, cohort, splits["train"])
     model = build_model(config, job)

@@ -201,6 +201,40 @@ def comparison(
         axes.set_ylabel("mean")
         axes.margins(x=0.25, y=0.15)
         axes.grid(alpha=0.25)
+
+
+def agreement(
+    measures: Mapping[str, Sequence[tuple[float, float]]], path: str | os.PathLike[str], *, title: str = ""
+) -> None:
+    """Draws Bland & Altman's plot of each measure as a PNG: differences over means, bias and limits of agreement.
+
+    Args:
+        measures: name -> (prediction, reference) of each patient, at least one, all finite.
+        path: the PNG; parent folders are made. It is written beside and renamed.
+        title: written above.
+    """
+    columns = min(3, len(measures))
+    rows = math.ceil(len(measures) / columns)
+    figure = _figure(4.6 * columns, 3.4 * rows + 0.5, face="white")
+    for k, (name, pairs) in enumerate(measures.items()):
+        predicted, reference = np.asarray(pairs, np.float64).T
+        means, differences = (predicted + reference) / 2, predicted - reference
+        axes = figure.add_subplot(rows, columns, k + 1)
+        axes.axhline(0, color="#999999", linewidth=0.8)
+        axes.plot(means, differences, "o", color=_DARK[1], markersize=4.5)
+        bias = differences.mean()
+        axes.axhline(bias, color=_DARK[0], linewidth=1.3, label=f"bias {bias:.3g}")
+        if len(differences) > 1:
+            half = 1.96 * differences.std(ddof=1)
+            for side, label in ((-half, f"± 1.96 sd: {bias - half:.3g} .. {bias + half:.3g}"), (half, None)):
+                axes.axhline(bias + side, color=_DARK[2], linewidth=1.1, linestyle="--", label=label)
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel("mean of prediction and reference", fontsize=8)
+        axes.set_ylabel("prediction - reference", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+        axes.margins(y=0.25)
+        axes.legend(fontsize=7, framealpha=0.85)
     if title:
         figure.suptitle(title, fontsize=12)
     figure.set_layout_engine("tight")

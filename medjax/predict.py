@@ -262,6 +262,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", type=Path, required=True, help="folder for the predictions")
     p.add_argument("--checkpoint", choices=("best", "latest"), default="best")
     p.add_argument("--overlap", type=float, help="of the sliding windows (default: the run's eval.overlap)")
+    p.add_argument("--table", type=Path, help="columns of the patients (height, frames...), for a run with measures")
     p.add_argument("--mirror", type=int, nargs="*", metavar="AXIS", help="axes to average over (0 1 2)")
     return p
 
@@ -272,6 +273,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     A case that cannot be read stops no other: those that can are predicted, then one UserError lists the rest.
     """
     args = parser().parse_args(argv)
+    from medjax import measures
     from medjax.data import cohort as cohorts
     from medjax.logging import Progress, say
 
@@ -298,6 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             cases.append(case)
         except UserError as error:
             refused[name] = str(error)
+    gauge = measures.of_run(args.run, run.tasks, cases, args.table)
     done = 0
     tables: dict[str, list[dict[str, Any]]] = {name: [] for name, task in run.tasks.items() if task.kind != "dense"}
     if cases:
@@ -312,6 +315,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 probabilities = predictor(run.params, prepared.image)
                 for task_name, task in run.tasks.items():
                     decoded = task.decode(probabilities[task_name], prepared.geometry)
+                    gauge.predicted(task_name, case.id, decoded, like.spacing)
                     if task.kind == "dense":
                         write(task, decoded, like, outputs[case.id][task_name])
                     else:
@@ -322,6 +326,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if done:
         for task_name, rows in tables.items():
             write_table(rows, args.output / f"{task_name}.csv")
+        if made := gauge.write(args.output):
+            say(f"patients measured: {', '.join(made)}")
         say(f"{done} case(s) written to {args.output} (step {run.step}, {run.kind} checkpoint of {args.run})")
     if refused:
         raise UserError(refusal(args.input, refused, done))

@@ -17,7 +17,20 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from medjax import config as config_lib
-from medjax import evaluate, faults, parallel, peft, pictures, pretext, processes, report, runtime, tasks, transfer
+from medjax import (
+    evaluate,
+    faults,
+    measures,
+    parallel,
+    peft,
+    pictures,
+    pretext,
+    processes,
+    report,
+    runtime,
+    tasks,
+    transfer,
+)  # fmt: skip
 from medjax.checkpoint import Checkpoints
 from medjax.data import pipeline, sampler
 from medjax.data.cases import Cohort
@@ -96,6 +109,7 @@ def _train(
     # Prepared cases and what the tasks learn from them, the step compiled for both, and the state it begins with.
     sources = prepare_sources(config, job)
     job = fit_tasks(config, job, sources["train"])
+    measures.learn(config, job.tasks, job.splits["train"], workdir)
     tx, rate, create = make_state(config, job)
     abstract = abstract_state(config, job, mesh)
     if newest is not None:

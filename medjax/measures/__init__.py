@@ -1,0 +1,489 @@
+"""Measures: quantities of patients from the masks of their images, beside the same from the reference masks.
+
+`config.measures` names frames (which image of a patient is end-diastole), formulas over the masks
+(`medjax.measures.formulas`) and, where wanted, a diagnosis learnt from the training patients' reference masks
+(`medjax.measures.diagnosis`). Evaluation writes `measures.csv`, `measures.png` and what both amount to into
+`summary.json`; `measures.json` in the run folder holds all that prediction needs. docs/measures.md shows it at work.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medjax.data import cohort as cohorts
+from medjax.data import dataset, nifti
+from medjax.errors import UserError, warn_once, write_atomic
+from medjax.logging import say
+from medjax.measures import diagnosis, frames
+from medjax.measures.formulas import Formulas, Value, measure
+from medjax.metrics import regression, stats
+from medjax.predict import write_table
+
+FILE = "measures.json"
+
+_STATISTICS: dict[str, Callable[[Mapping[str, np.ndarray]], float]] = {
+    "mae": lambda t: regression.mean_absolute_error(t["predicted"], t["reference"]),
+    "bias": lambda t: regression.bland_altman(t["predicted"], t["reference"]).bias,
+    "limit_low": lambda t: regression.bland_altman(t["predicted"], t["reference"]).low,
+    "limit_high": lambda t: regression.bland_altman(t["predicted"], t["reference"]).high,
+}
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured: `config.measures` bound to the task whose masks it is about.
+
+    Attributes:
+      frames: frame -> name of its case (`medjax.measures.frames`). report: measures that are summed up, in order.
+      column: of the diagnosis; '': none. features: measures it is made from. shrinkage: see `diagnosis.fit`.
+      group, id: `data.group` and `data.id`, by which new patients are known.
+    """
+
+    task: Any
+    frames: Mapping[str, str]
+    texts: Mapping[str, str]
+    formulas: Formulas
+    report: tuple[str, ...]
+    column: str
+    features: tuple[str, ...]
+    shrinkage: float
+    group: str
+    id: str
+
+    def masks(self, decoded: np.ndarray, like: np.ndarray | None = None) -> Callable[[str], np.ndarray]:
+        """Label -> bool [x, y, z] of a mask as `task.decode` gives it.
+
+        Args:
+          like: the reference mask: where it has the value `ignore` there is nothing.
+        """
+        ignore = getattr(self.task, "ignore", -1)
+        kept = True if like is None or ignore < 0 else like != ignore
+        names = list(self.task.classes)
+
+        def mask_of(label: str) -> np.ndarray:
+            if decoded.ndim == 4:
+                return decoded[..., names.index(label)] & kept
+            return np.isin(decoded, self.task.classes[label]) & kept
+
+        return mask_of
+
+    def of_case(self, case: cohorts.Case, frame: str) -> dict[Any, Value]:
+        """What is measured of a case's reference mask, on the file's own grid."""
+        mask = nifti.read_label(str(case.targets[self.task.name]))
+        return measure(self.formulas.calls, frame, self.masks(mask.data, mask.data), mask.spacing)
+
+    def attributes(self, case: cohorts.Case) -> dict[Any, float]:
+        """The numbers that formulas take from the columns of a patient; what is absent is noted and left out."""
+        found = {}
+        for call in self.formulas.calls:
+            if call.function == "attribute":
+                text = case.attributes.get(call.names[0], "")
+                try:
+                    found[call] = float(text)
+                except ValueError:
+                    what = f"'{text}', which is no number" if text else "empty"
+                    warn_once(
+                        f"case {case.id}: column '{call.names[0]}' is {what}: measures that need it are undefined"
+                    )
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` needs."""
+        return {
+            "task": self.task.name,
+            "group": self.group,
+            "id": self.id,
+            "frames": dict(self.frames),
+            "formulas": dict(self.texts),
+            "report": list(self.report),
+            "diagnosis": {"column": self.column, "measures": list(self.features), "shrinkage": self.shrinkage},
+        }
+
+
+def build(config: Mapping[str, Any], data: Mapping[str, Any], tasks: Mapping[str, Any]) -> Measures | None:
+    """The measures of `config.measures`; None where it has no formulas.
+
+    Args:
+      config: `config.measures`. data: `config.data`, of which the keys group and id are read. tasks: of the run.
+
+    Raises:
+      UserError: a task that has no masks, a formula that cannot be read, a name nobody knows.
+    """
+    if not config.get("formulas"):
+        return None
+    dense = {name: task for name, task in tasks.items() if task.kind == "dense" and hasattr(task, "classes")}
+    name = config["task"] or (next(iter(dense)) if len(dense) == 1 else "")
+    if name not in dense:
+        raise UserError(
+            f"config: measures.task='{config['task']}': name the task whose masks are measured "
+            f"({', '.join(dense) or 'this run has none'})"
+        )
+    formulas = Formulas(config["formulas"], dense[name].classes, config["frames"])
+    chosen, wanted = tuple(config["report"]), config["diagnosis"]
+    for key, names in (("report", chosen), ("diagnosis.measures", wanted["measures"])):
+        cohorts.check_keys(f"config: measures.{key}", names, tuple(config["formulas"]))
+    if wanted["column"] and not wanted["measures"]:
+        raise UserError("config: measures.diagnosis.measures is empty; name the measures the diagnosis is made from")
+    if not 0 <= wanted["shrinkage"] <= 1:
+        raise UserError(f"config: measures.diagnosis.shrinkage={wanted['shrinkage']} must be from 0 to 1")
+    return Measures(
+        dense[name],
+        dict(config["frames"]),
+        dict(config["formulas"]),
+        formulas,
+        chosen or tuple(config["formulas"]),
+        wanted["column"],
+        tuple(wanted["measures"]),
+        float(wanted["shrinkage"]),
+        data["group"],
+        data["id"],
+    )
+
+
+def check(config: Mapping[str, Any], data: Mapping[str, Any], tasks: Mapping[str, Any], splits: cohorts.Splits) -> None:
+    """Raises before training what would end the evaluation after it: formulas, frames, columns."""
+    if not (measures := build(config, data, tasks)):
+        return
+    for name, cases in splits.items():
+        for patient, of in frames.patients_of(cases, measures.frames).items():
+            if measures.column and name == "train":
+                _class(patient, of, measures.column)
+    known = dict.fromkeys(column for cases in splits.values() for case in cases for column in case.attributes)
+    for call in measures.formulas.calls:
+        if call.function == "attribute" and call.names[0] not in known:
+            raise UserError(
+                f"config: measures.formulas: attribute({call.names[0]}): the table has no such column (there are: "
+                f"{', '.join(known) or 'none'})"
+            )
+
+
+def _class(patient: str, of: frames.Patient, column: str) -> str:
+    found = {case.attributes.get(column, "") for case in of.values()}
+    if len(found) != 1 or not (name := found.pop()):
+        raise UserError(
+            f"config: measures.diagnosis.column='{column}': patient {patient} has "
+            f"{'no such column' if not found or found == {''} else 'several of it'}; give each training patient one"
+        )
+    return name
+
+
+class Gauge:
+    """Measures the patients of one split, or new ones, as their cases come by.
+
+    Args:
+      measures: what; None: nothing, and every call does nothing. rule: the diagnosis, where there is one.
+      cases: all that will come. about: what else is known about the rule, for the summary.
+    """
+
+    def __init__(
+        self,
+        measures: Measures | None,
+        cases: Sequence[cohorts.Case],
+        rule: diagnosis.Diagnosis | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._measures, self._rule, self._about = measures, rule, about or {}
+        self._patients = frames.patients_of(cases, measures.frames) if measures else {}
+        self._frame = {case.id: (name, frame) for name, of in self._patients.items() for frame, case in of.items()}
+        self._found: dict[str, dict[str, dict[Any, Value]]] = {"predicted": {}, "reference": {}}
+        self._seen: set[tuple[str, str]] = set()
+
+    def predicted(self, task: str, case: str, decoded: np.ndarray, spacing: Sequence[float]) -> None:
+        """Takes in what the network says of a case, on the file's own grid."""
+        self._take("predicted", task, case, decoded, None, spacing)
+
+    def reference(self, task: str, case: str, mask: np.ndarray, spacing: Sequence[float]) -> None:
+        """Takes in a case's reference mask."""
+        self._take("reference", task, case, mask, mask, spacing)
+
+    def _take(
+        self, kind: str, task: str, case: str, mask: np.ndarray, like: np.ndarray | None, spacing: Sequence[float]
+    ) -> None:
+        if not (m := self._measures) or task != m.task.name or case not in self._frame:
+            return
+        patient, frame = self._frame[case]
+        of = self._found[kind].setdefault(patient, m.attributes(self._patients[patient][frame]))
+        of |= measure(m.formulas.calls, frame, m.masks(mask, like), spacing)
+        self._seen.add((kind, case))
+
+    def table(self, kind: str = "predicted") -> dict[str, dict[str, float]]:
+        """Patient -> measures, of those all of whose frames were seen."""
+        if not (m := self._measures):
+            return {}
+        whole = {n for n, of in self._patients.items() if all((kind, c.id) in self._seen for c in of.values())}
+        return {name: m.formulas(of) for name, of in self._found[kind].items() if name in whole}
+
+    def diagnoses(self, kind: str = "predicted") -> list[dict[str, Any]]:
+        """Rows of patients: what is called, and the probability of each class by the rule."""
+        rows: list[dict[str, Any]] = []
+        if not (rule := self._rule):
+            return rows
+        for patient, values in self.table(kind).items():
+            found = rule.probabilities(values) or {}
+            odds = {f"p_{name}": value for name, value in found.items()}
+            rows.append({"patient": patient, "diagnosis": rule(values), **odds})
+        return rows
+
+    def write(self, folder: Path) -> list[str]:
+        """Writes what was measured of new patients, `measures.csv` and `diagnosis.csv`; returns their names."""
+        table = self.table()
+        if not table:
+            return []
+        write_table([{"patient": patient, **values} for patient, values in table.items()], folder / "measures.csv")
+        if not (rows := self.diagnoses()):
+            return ["measures.csv"]
+        write_table(rows, folder / "diagnosis.csv")
+        return ["measures.csv", "diagnosis.csv"]
+
+    def finish(self, folder: Path, title: str, *, pictures: bool = True) -> dict[str, Any]:
+        """Writes the split's measures beside the reference's, draws them, and sums them up.
+
+        What is undefined in a prediction and not in the reference counts as 0 there, as of a structure that was missed
+        and not as of a patient who was not there. Measures that the reference does not define do not count.
+
+        Returns:
+          The summary's entries 'measures' and 'diagnosis'; none where nothing was measured.
+        """
+        predicted, reference = self.table("predicted"), self.table("reference")
+        if not (m := self._measures) or not predicted:
+            return {}
+        rows: list[dict[str, Any]] = []
+        lines: list[dict[str, Any]] = []
+        for name, values in predicted.items():
+            for key, a in values.items():
+                b = reference.get(name, {}).get(key, math.nan)
+                counted, missed = (0.0, 1) if np.isnan(a) else (a, 0)
+                both = {"reference": b, "predicted": a, "difference": counted - b}
+                lines.append({"patient": name, "measure": key, **both})
+                if not np.isnan(b):
+                    rows.append({"class": key, "case": name, **both, "predicted": counted, "missed": missed})
+        write_table(lines, folder / "measures.csv")
+        found = stats.summarize_cohort(rows, _STATISTICS, m.report)
+        summary: dict[str, Any] = {"measures": {}}
+        for key in m.report:
+            of = {statistic: found[statistic]["per_class"][key] for statistic in _STATISTICS}
+            summary["measures"][key] = {
+                **{statistic: {"value": v["mean"], "ci95": v["ci95"]} for statistic, v in of.items()},
+                "n": of["mae"]["n"],
+                "undefined": sum(row["missed"] for row in rows if row["class"] == key),
+            }
+        pairs = {k: [(r["predicted"], r["reference"]) for r in rows if r["class"] == k] for k in m.report}
+        if pictures and any(pairs.values()):
+            from medjax.pictures import agreement
+
+            agreement({k: v for k, v in pairs.items() if v}, folder / "measures.png", title=title)
+        if self._rule:
+            summary["diagnosis"] = self._judge(list(predicted), folder)
+        return summary
+
+    def _judge(self, patients: Sequence[str], folder: Path) -> dict[str, Any]:
+        """Writes the calls beside the truth; accuracy of those who have one. No call is a wrong one."""
+        m = self._measures
+        assert m is not None
+        truth = {
+            name: next((t for c in self._patients[name].values() if (t := c.attributes.get(m.column))), "")
+            for name in patients
+        }
+        calls, right = ({row["patient"]: row for row in self.diagnoses(kind)} for kind in ("predicted", "reference"))
+        rows = [
+            {
+                "patient": name,
+                "reference": truth[name],
+                "from_reference_masks": right.get(name, {}).get("diagnosis", ""),
+                **{k: v for k, v in calls[name].items() if k != "patient"},
+            }
+            for name in patients
+        ]
+        write_table(rows, folder / "diagnosis.csv")
+        judged = [row for row in rows if row["reference"]]
+        if not judged:
+            return {}
+        hits = [float(row["diagnosis"] == row["reference"]) for row in judged]
+        ideal = [row["from_reference_masks"] == row["reference"] for row in judged if row["patient"] in right]
+        confusion: dict[str, dict[str, int]] = {}
+        for row in judged:
+            of, call = confusion.setdefault(row["reference"], {}), row["diagnosis"] or "none"
+            of[call] = of.get(call, 0) + 1
+        return {
+            "accuracy": {"value": float(np.mean(hits)), "ci95": list(stats.bootstrap_ci(hits))},
+            "n": len(judged),
+            "on_reference_masks": float(np.mean(ideal)) if ideal else None,
+            "confusion": confusion,
+            **self._about,
+        }
+
+
+def fit(
+    measures: Measures, cases: Sequence[cohorts.Case], workers: int = 0
+) -> tuple[diagnosis.Diagnosis, dict[str, Any]]:
+    """The diagnosis learnt from the reference masks of the training patients.
+
+    Patients one of whose images is the very same (`medjax.data.cohort.content_hash`) stay together in the
+    cross-validation.
+
+    Returns:
+      The rule, and what its cross-validation on those patients says: each is called by the rule of all the others.
+    """
+    patients = frames.patients_of(cases, measures.frames)
+    labelled = {n: of for n, of in patients.items() if all(measures.task.name in c.targets for c in of.values())}
+    if not labelled:
+        raise UserError(f"measures.diagnosis: no training patient has all masks of task '{measures.task.name}'")
+    listed = [(case, frame) for of in labelled.values() for frame, case in of.items()]
+    frame_of = {case.id: frame for case, frame in listed}
+    found = dataset.each(lambda c: measures.of_case(c, frame_of[c.id]), [case for case, _ in listed], workers, None)
+    values: dict[str, dict[Any, Value]] = {}
+    for (case, _), one in zip(listed, found, strict=True):
+        values.setdefault(case.group if measures.frames else case.id, measures.attributes(case)).update(one)
+    rows = [measures.formulas(values[name]) for name in labelled]
+    truths = [_class(name, of, measures.column) for name, of in labelled.items()]
+
+    def rule(rows: Sequence[Mapping[str, float]], truths: Sequence[str]) -> diagnosis.Diagnosis:
+        return diagnosis.fit(rows, truths, measures.features, measures.shrinkage)
+
+    fitted = rule(rows, truths)
+    called = diagnosis.cross_validate(rows, truths, _twins(labelled), rule)
+    wrong = {n: {"is": t, "called": c} for n, t, c in zip(labelled, truths, called, strict=True) if t != c}
+    return fitted, {
+        "cross_validation": {"accuracy": 1 - len(wrong) / len(called), "n": len(called), "wrong": wrong},
+    }
+
+
+def _twins(patients: Mapping[str, frames.Patient]) -> list[int]:
+    """A number for each patient, the same for those that share an image."""
+    number = {name: i for i, name in enumerate(patients)}
+    files = [(name, file) for name, of in patients.items() for case in of.values() for file in case.images.values()]
+    owner: dict[str, str] = {}
+    for (name, _), digest in zip(files, cohorts.content_hashes(file for _, file in files), strict=True):
+        old, new = number[name], number[owner.setdefault(digest, name)]
+        number = {patient: new if value == old else value for patient, value in number.items()}
+    return list(number.values())
+
+
+def learn(config: Any, tasks: Mapping[str, Any], train: Sequence[cohorts.Case], workdir: Path) -> None:
+    """Learns the diagnosis from the training cases' reference masks and writes `measures.json` into the run folder.
+
+    Does nothing where nothing is measured.
+    """
+    if not (measures := build(config.measures, config.data, tasks)):
+        return
+    table = measures.to_json()
+    if measures.column:
+        rule, about = fit(measures, train, config.data.workers)
+        table["diagnosis"] |= {"fitted": rule.to_json(), **about}
+        checked = about["cross_validation"]
+        say(
+            f"diagnosis   from the reference masks of {checked['n']} training patients, cross-validated accuracy "
+            f"{checked['accuracy']:.3f}"
+        )
+    write_atomic(workdir / FILE, json.dumps(table, indent=2) + "\n")
+
+
+def of_splits(
+    config: Any, tasks: Mapping[str, Any], splits: cohorts.Splits, workdir: Path
+) -> Callable[[Sequence[cohorts.Case]], Gauge]:
+    """What makes the gauge of a split's cases.
+
+    The rule is the run's own, from its `measures.json`: another cohort is judged by it, and teaches nothing. Where
+    there is none, or one of other measures, it is learnt from the training cases at hand.
+    """
+    if not (measures := build(config.measures, config.data, tasks)):
+        return lambda cases: Gauge(None, cases)
+    if not _fits(measures, read(workdir)):
+        if "train" not in splits:
+            raise UserError(
+                f"{workdir / FILE}: is not there or of other measures, and there is no 'train' split to learn from"
+            )
+        learn(config, tasks, splits["train"], workdir)
+    found = read(workdir)["diagnosis"]
+    rule = diagnosis.Diagnosis.from_json(found["fitted"]) if measures.column else None
+    return lambda cases: Gauge(measures, cases, rule, {k: v for k, v in found.items() if k == "cross_validation"})
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The `measures.json` of a run folder; empty where there is none. UserError where it cannot be read."""
+    try:
+        return json.loads((folder / FILE).read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / FILE}: cannot be read ({error}); delete it and evaluate the run again") from None
+
+
+def _fits(measures: Measures, found: Mapping[str, Any]) -> bool:
+    """Whether what a run folder holds was learnt by these formulas for this diagnosis."""
+    wanted, old = measures.to_json(), found.get("diagnosis", {})
+    same = all(found.get(key) == wanted[key] for key in ("task", "formulas", "report"))
+    return same and all(old.get(key) == value for key, value in wanted["diagnosis"].items())
+
+
+def of_run(folder: Path, tasks: Mapping[str, Any], cases: Sequence[cohorts.Case], table: Path | None) -> Gauge:
+    """The gauge of a trained run for new cases, from its `measures.json`; it measures nothing where there is none.
+
+    Patients that lack a frame, and cases whose name is no frame's, are noted and not measured.
+
+    Args:
+      table: columns of the patients, where frames or formulas need them.
+    """
+    if not (content := read(folder)):
+        if table:
+            raise UserError(
+                f"{folder / FILE}: no such file: the run measures nothing, so --table has no use. A run whose config "
+                "has measures writes it when it is trained or evaluated."
+            )
+        return Gauge(None, cases)
+    data = {"group": content["group"], "id": content["id"]}
+    measures = build(content, data, tasks)
+    assert measures is not None
+    known = frames.describe(cases, measures.frames, measures.group, measures.id, table)
+    whole: list[cohorts.Case] = []
+    refused: list[str] = []
+    for patient in dict.fromkeys(case.group for case in known):
+        own = [case for case in known if case.group == patient]
+        try:
+            frames.patients_of(own, measures.frames)
+            whole += own
+        except UserError as error:
+            refused.append(str(error))
+    if left := [case.id for case in cases if case.id not in {one.id for one in known}]:
+        named = " nor ".join(f"'{text}'" for text in measures.frames.values())
+        warn_once(f"{len(left)} case(s) are not measured: their names ({left[0]}...) fit neither {named}")
+    if refused:
+        warn_once(f"{len(refused)} patient(s) are not measured: {refused[0]}" + (" ..." if len(refused) > 1 else ""))
+    fitted = content["diagnosis"].get("fitted")
+    return Gauge(measures, whole, diagnosis.Diagnosis.from_json(fitted) if fitted else None)
+
+
+def say_summary(summary: Mapping[str, Any], folder: Path) -> None:
+    """The measures at the terminal."""
+    if not (measures := summary.get("measures")):
+        return
+    say(f"  measures: mean absolute error with 95 % interval, bias, limits of agreement ({folder / 'measures.csv'})")
+    width = max(map(len, measures))
+    for name, of in measures.items():
+        low, high = of["limit_low"]["value"], of["limit_high"]["value"]
+        limits = "-" if low is None or high is None else f"{low:.2f} .. {high:.2f}"
+        missed = f"  ({of['undefined']} of {of['n']} undefined, counted as 0)" if of["undefined"] else ""
+        say(f"  {name:{width}}  {_number(of['mae'])}  {_plain(of['bias']['value'])}  {limits}{missed}")
+    if of := summary.get("diagnosis"):
+        checked = of.get("cross_validation")
+        more = f", cross-validated on {checked['n']} training patients {checked['accuracy']:.3f}" if checked else ""
+        say(
+            f"  diagnosis: accuracy {_number(of['accuracy'])} of {of['n']} patients (from the reference masks "
+            f"{_plain(of['on_reference_masks'])}{more})"
+        )
+
+
+def _plain(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _number(of: Mapping[str, Any]) -> str:
+    low, high = of["ci95"]
+    return f"{_plain(of['value'])} [{_plain(low)}, {_plain(high)}]"
