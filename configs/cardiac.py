@@ -73,9 +73,10 @@ def get_config(arg=None):
         {
             # As the data's README declares them. Of ACDC as published: '{patient}_frame{ED:02}' and the columns ED, ES.
             "frames": {"ED": "{patient}_frame01", "ES": "{patient}_frame02"},
+            # ACDC's left ventricles lie in rings of myocardium alone; a network may call the atrium above so.
             "formulas": {
-                "lv_edv_ml": "volume(LV, ED)",
-                "lv_esv_ml": "volume(LV, ES)",
+                "lv_edv_ml": "enclosed(LV, myocardium, ED)",
+                "lv_esv_ml": "enclosed(LV, myocardium, ES)",
                 "lv_sv_ml": "lv_edv_ml - lv_esv_ml",
                 "lv_ef_percent": "100 * lv_sv_ml / lv_edv_ml",
                 "rv_edv_ml": "volume(RV, ED)",

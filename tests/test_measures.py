@@ -130,6 +130,19 @@ def test_formulas_that_mean_nothing_are_refused(texts: dict[str, str], words: li
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+def test_a_cavity_counts_where_a_wall_is_around_it() -> None:
+    wall, cavity = ring(20, 30, (1.5, 1.5))
+    half, little = wall.copy(), wall.copy()
+    half[:40] = False
+    little[:, :56] = False
+    masks = {"wall": np.stack([wall, half, little, wall & False], 2), "LV": np.stack([cavity] * 4, 2)}
+    formulas = Formulas({"v": "enclosed(LV, wall, ED)"}, masks, ("ED",))
+    found = formulas(measure(formulas.calls, "ED", masks.__getitem__, (1.5, 1.5, 10.0)))
+    assert found["v"] == pytest.approx(2 * cavity.sum() * 2.25 * 10 / 1000)
+    closed = walls.wall(masks["wall"], masks["LV"], (1.5, 1.5, 10.0)).closed
+    assert closed == pytest.approx([1, 0.5, 0.2, 0], abs=0.05)
+
+
 def test_what_is_measured_in_a_mask() -> None:
     wall, cavity = ring(20, 30, (1.5, 1.5))
     masks = {"wall": np.stack([wall, wall], 2), "LV": np.stack([cavity, cavity], 2)}
@@ -499,6 +512,13 @@ def test_hearts_measured_on_their_reference_masks(hearts: Any, tmp_path: Path) -
     for patient, values in table.items():
         assert (values["lv_ef_percent"] < 45) == (truth[patient] in ("MINF", "DCM"))
         assert 0 < values["lv_esv_ml"] < values["lv_edv_ml"]
+    # Every slice of a reference has its ring: what counts is all there is.
+    for case in splits["train"][:12]:
+        mask = nifti.read_label(str(case.targets["heart"]))
+        frame = "ED" if case.id.endswith("01") else "ES"
+        found = measure(bound.formulas.calls, frame, bound.masks(mask.data), mask.spacing)
+        whole = float((mask.data == 3).sum() * np.prod(mask.spacing) / 1000)
+        assert found[Call("enclosed", ("LV", "myocardium"), frame)] == pytest.approx(whole)
 
 
 @pytest.mark.real

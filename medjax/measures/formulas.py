@@ -5,6 +5,7 @@ A formula is arithmetic (`+ - * / **`, parentheses, numbers) over other measures
 | call | what |
 |---|---|
 | `volume(LABEL, FRAME)` | ml |
+| `enclosed(LABEL, WALL, FRAME)` | ml in the slices where the wall is met by a quarter or more of the rays from the middle of LABEL |
 | `thickness(WALL, CAVITY, FRAME)` | mm along rays from the middle of the cavity in each slice: [slices, angles] (`medjax.metrics.walls`) |
 | `radius(WALL, CAVITY, FRAME)` | mm of cavity along the same rays |
 | `area(LABEL, FRAME)` | mm² of each slice |
@@ -43,7 +44,8 @@ class Call(NamedTuple):
     frame: str
 
 
-_MASKS = {"volume": 1, "area": 1, "thickness": 2, "radius": 2}  # function -> labels it takes
+_MASKS = {"volume": 1, "area": 1, "enclosed": 2, "thickness": 2, "radius": 2}  # function -> labels it takes
+_ENCLOSED = 0.25  # share of rays; what lies in a slice without a wall is not of the chamber
 _OPERATORS: dict[type, Callable[[Value, Value], Value]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -171,7 +173,8 @@ class Formulas:
             return Call(function, tuple(words), "")
         n = _MASKS[function]
         if len(words) != n + bool(self._frames):
-            wanted = [*(("label",) if n == 1 else ("wall", "cavity")), *(("frame",) if self._frames else ())]
+            two = ("label", "wall") if function == "enclosed" else ("wall", "cavity")
+            wanted = [*(("label",) if n == 1 else two), *(("frame",) if self._frames else ())]
             raise self._error(name, f"{function} takes {', '.join(wanted)}, not {len(words)} names")
         frame = words[n] if self._frames else ""
         for word in words[:n]:
@@ -250,8 +253,14 @@ def measure(
             pixel = float(np.prod([spacing[a] for a in others]))
             found[call] = np.count_nonzero(mask_of(call.names[0]), axis=others) * pixel
         else:
-            if call.names not in rays:
-                ring, cavity = (mask_of(label) for label in call.names)
-                rays[call.names] = walls.wall(ring, cavity, spacing)
-            found[call] = getattr(rays[call.names], call.function)
+            pair = call.names[::-1] if call.function == "enclosed" else call.names
+            if pair not in rays:
+                ring, cavity = (mask_of(label) for label in pair)
+                rays[pair] = walls.wall(ring, cavity, spacing)
+            if call.function == "enclosed":
+                others = tuple(a for a in range(3) if a != walls.slice_axis(spacing))
+                counts = np.count_nonzero(mask_of(call.names[0]), axis=others)
+                found[call] = float(counts[rays[pair].closed >= _ENCLOSED].sum() * np.prod(spacing) / 1000.0)
+            else:
+                found[call] = getattr(rays[pair], call.function)
     return found

@@ -20,10 +20,12 @@ class Wall(NamedTuple):
 
     Attributes:
       thickness: mm of wall on the ray, [slices, angles]. radius: mm of cavity on the ray.
+      closed: share of the rays that meet the wall, [slices]; 0 where there is no cavity.
     """
 
     thickness: np.ndarray
     radius: np.ndarray
+    closed: np.ndarray
 
 
 def slice_axis(spacing: Sequence[float]) -> int:
@@ -61,6 +63,7 @@ def wall(
     edges = np.array([s for i, s in enumerate(spacing) if i != axis])
     walls, cavities = np.moveaxis(wall, axis, 0), np.moveaxis(cavity, axis, 0)
     thickness, radius = np.full((2, len(walls), angles), math.nan)
+    closed = np.zeros(len(walls))
     for i, (ring, inside) in enumerate(zip(walls, cavities, strict=True)):
         if not ring.any() or not inside.any():
             continue
@@ -72,9 +75,10 @@ def wall(
         places = np.stack([np.cos(turn), np.sin(turn)])[..., None] * reach / edges[:, None, None]  # [2, angles, reach]
         places += middle[:, None, None]
         through = _linear(ring, places).sum(axis=-1) * step
-        if (through > edges.min() / 2).mean() >= _CLOSED:
+        closed[i] = (through > edges.min() / 2).mean()
+        if closed[i] >= _CLOSED:
             thickness[i], radius[i] = through, _linear(inside, places).sum(axis=-1) * step
-    return Wall(thickness, radius)
+    return Wall(thickness, radius, closed)
 
 
 def _linear(mask: np.ndarray, places: np.ndarray) -> np.ndarray:
