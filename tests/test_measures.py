@@ -470,6 +470,36 @@ def test_a_structure_that_is_missed_never_improves_a_mean(run: Path, tmp_path: P
     assert found["diagnosis"]["confusion"]["well"] == {"none": 1, "well": 2}
 
 
+def test_what_several_processes_measured_is_put_together(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, cases, _ = gauge_of(run)
+    parts = [gauge_of(run)[0] for _ in range(2)]
+    for number, case in enumerate(cases):  # frames of one patient fall to different processes
+        mask = nifti.read_label(str(case.targets["heart"]))
+        for gauge in (whole, parts[number % 2]):
+            gauge.predicted("heart", case.id, mask.data, mask.spacing)
+    assert parts[0].table() == {}
+    held = [(gauge._found, gauge._seen) for gauge in parts]
+    monkeypatch.setattr(measures.processes, "count", lambda: 2)
+    monkeypatch.setattr(measures.processes, "gather", lambda name, value: held)
+    parts[0].gather("val")
+    assert parts[0].table() == whole.table()
+    assert len(whole.table()) == 6
+
+
+def test_a_run_keeps_its_rule_and_learns_one_for_other_measures(run: Path, tmp_path: Path) -> None:
+    config = load(run.parent / "heart.py")
+    cohort = dataset.open_cohort(config.data, config.tasks)
+    built, splits = tasks.build(config.tasks, cohort.labels), dataset.open_splits(cohort, config.data, 0)
+    (tmp_path / "measures.json").write_text((run / "measures.json").read_text().replace("cross_validation", "kept"))
+    measures.of_splits(config, built, {"val": splits["val"]}, tmp_path)
+    assert "kept" in (tmp_path / "measures.json").read_text()
+    config = load(run.parent / "heart.py", "measures.diagnosis.shrinkage=0.5")
+    with pytest.raises(UserError, match="no 'train' split to learn"):
+        measures.of_splits(config, built, {"val": splits["val"]}, tmp_path)
+    measures.of_splits(config, built, splits, tmp_path)
+    assert "kept" not in (tmp_path / "measures.json").read_text()
+
+
 def test_nothing_is_measured_where_nothing_is_declared(tmp_path: Path) -> None:
     config = config_lib.defaults()
     assert measures.build(config.measures, config.data, {}) is None

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from medjax import processes
 from medjax.data import cohort as cohorts
 from medjax.data import dataset, nifti
 from medjax.errors import UserError, warn_once, write_atomic
@@ -213,6 +214,16 @@ class Gauge:
         of |= measure(m.formulas.calls, frame, m.masks(mask, like), spacing)
         self._seen.add((kind, case))
 
+    def gather(self, split: str) -> None:
+        """Takes in what the other processes measured; each has had cases of its own."""
+        if not self._measures or processes.count() == 1:
+            return
+        for found, seen in processes.gather(f"measures of {split}", (self._found, self._seen)):
+            self._seen |= seen
+            for kind, patients in found.items():
+                for name, values in patients.items():
+                    self._found[kind].setdefault(name, {}).update(values)
+
     def table(self, kind: str = "predicted") -> dict[str, dict[str, float]]:
         """Patient -> measures, of those all of whose frames were seen."""
         if not (m := self._measures):
@@ -366,13 +377,14 @@ def _twins(patients: Mapping[str, frames.Patient]) -> list[int]:
     return list(number.values())
 
 
-def learn(config: Any, tasks: Mapping[str, Any], train: Sequence[cohorts.Case], workdir: Path) -> None:
+def learn(config: Any, tasks: Mapping[str, Any], train: Sequence[cohorts.Case], workdir: Path) -> dict[str, Any]:
     """Learns the diagnosis from the training cases' reference masks and writes `measures.json` into the run folder.
 
-    Does nothing where nothing is measured.
+    Returns:
+      What the file holds; empty where nothing is measured.
     """
     if not (measures := build(config.measures, config.data, tasks)):
-        return
+        return {}
     table = measures.to_json()
     if measures.column:
         rule, about = fit(measures, train, config.data.workers)
@@ -382,7 +394,9 @@ def learn(config: Any, tasks: Mapping[str, Any], train: Sequence[cohorts.Case], 
             f"diagnosis   from the reference masks of {checked['n']} training patients, cross-validated accuracy "
             f"{checked['accuracy']:.3f}"
         )
-    write_atomic(workdir / FILE, json.dumps(table, indent=2) + "\n")
+    if processes.primary():
+        write_atomic(workdir / FILE, json.dumps(table, indent=2) + "\n")
+    return table
 
 
 def of_splits(
@@ -395,13 +409,15 @@ def of_splits(
     """
     if not (measures := build(config.measures, config.data, tasks)):
         return lambda cases: Gauge(None, cases)
-    if not _fits(measures, read(workdir)):
-        if "train" not in splits:
+    content = read(workdir)
+    if not _fits(measures, content):
+        if measures.column and "train" not in splits:
             raise UserError(
-                f"{workdir / FILE}: is not there or of other measures, and there is no 'train' split to learn from"
+                f"{workdir / FILE}: not there, or of other measures, and the cohort has no 'train' split to learn the "
+                "diagnosis from. Evaluate with the measures of the run, or set measures.diagnosis.column=''."
             )
-        learn(config, tasks, splits["train"], workdir)
-    found = read(workdir)["diagnosis"]
+        content = learn(config, tasks, splits.get("train", ()), workdir)
+    found = content["diagnosis"]
     rule = diagnosis.Diagnosis.from_json(found["fitted"]) if measures.column else None
     return lambda cases: Gauge(measures, cases, rule, {k: v for k, v in found.items() if k == "cross_validation"})
 
