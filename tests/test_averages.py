@@ -179,7 +179,7 @@ def test_what_gradnorm_has_learnt_is_in_the_checkpoint(recipe: Path, tmp_path: P
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save("latest", 1, state, {"step": 1})
     checkpoints.wait()
-    like = step_lib.abstract_state(config, job_lib.open_job(config), parallel.replicated(mesh))
+    like = step_lib.abstract_state(config, job_lib.open_job(config), mesh)
     again = checkpoints.restore("latest", 1, like)
     checkpoints.close()
     assert isinstance(again.balance, weighting.GradNormState)
