@@ -55,15 +55,21 @@ class Checkpoints:
 
     def _manager(self, kind: str, keep: int, read_only: bool) -> Any:
         ocp = self._ocp
+        # Both kinds may be written at a time, and processes wait for each other at barriers that go by name.
+        several = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=kind)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,  # what a killed save left
             enable_async_checkpointing=True,
+            multiprocessing_options=several,
             async_options=ocp.options.AsyncOptions(post_finalization_callback=lambda: _write_sums(self._folder / kind)),
         )
-        handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        handlers = {
+            "state": ocp.PyTreeCheckpointHandler(multiprocessing_options=several),
+            "meta": ocp.JsonCheckpointHandler(multiprocessing_options=several),
+        }
         return ocp.CheckpointManager(self._folder / kind, options=options, item_handlers=handlers)
 
     def save(self, kind: str, step: int, state: Any, meta: Mapping[str, Any]) -> None:
@@ -102,8 +108,8 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             # Orbax passes on the array writer's errors as ValueError, with the system's code in the text.
             code = re.search(r"os_error_code='(\d+)'", str(error))
-            if code is None and not isinstance(error, OSError):
-                raise
+            if (code is None and not isinstance(error, OSError)) or isinstance(error, TimeoutError):
+                raise  # a TimeoutError is of the processes that write together, not of the disk
             reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or str(error)
             self._remove_unfinished(kind)
             raise UserError(

@@ -180,13 +180,15 @@ def _own_last_words() -> Iterator[None]:
     libc = ctypes.CDLL(None)
 
     def aborted(number: int) -> None:
-        if not _run.service_there():
-            _run.service_lost()
+        for _ in range(10):  # what is killed closes its files one by one
+            if not _run.service_there():
+                _run.service_lost()
+            time.sleep(0.2)
         libc.signal(number, None)  # of some other cause: as it would have been
         os.abort()
 
-    _run.on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)  # kept alive as long as it may be called
-    libc.signal(signal.SIGABRT, _run.on_abort)
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
+    _run.guard = lambda: libc.signal(signal.SIGABRT, handler)
     _jax.get_distributed_runtime_client = client
     try:
         yield
@@ -214,7 +216,7 @@ class _Run:
 
     def __init__(self) -> None:
         self.count, self.index = 1, 0
-        self.on_abort: Any = None
+        self.guard: Callable[[], Any] = lambda: None
         self._client: Any = None
         self._hosts: dict[int, str] = {}
         self._heard: dict[int, tuple[str, float]] = {}
@@ -253,6 +255,7 @@ class _Run:
         number, failing = 0, None
         while not self._over.wait(_BEAT_SECONDS):
             number += 1
+            self.guard()  # again: a library that was loaded meanwhile may have put its own in its place
             try:
                 self._put(f"beat/{self.index}", str(number))
                 beats = self._all("beat")
