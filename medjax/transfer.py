@@ -187,7 +187,9 @@ def read(path: Path, which: str = "best", step: int | None = None) -> Source:
             "--model=NAME, then init.source=FOLDER"
         )
     if not path.exists():
-        first = f"run configs/{path.name.removesuffix('_debug')}.py first, or " if path.parent.name == "runs" else ""
+        name = path.name.removesuffix("_debug")
+        recipe = f"configs/{name}.py{':debug' if name != path.name else ''}"
+        first = f"run --config={recipe} first, or " if path.parent.name == "runs" else ""
         raise UserError(f"{path}: there is no such run, checkpoint or params.npz; {first}correct init.source")
     if path.is_file() or (path / convert.FILE).is_file():
         tree, about = convert.load(path)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from medjax import main
+from medjax.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
 RUNS: dict[str, Path] = {}
@@ -70,6 +71,20 @@ def test_brain_tumour(cache: Path) -> None:
         file.rename(only / file.name)
     predict.main([f"--run={workdir}", f"--input={only}", f"--output={cache / 'said'}"])
     assert nib.load(cache / "said" / "some.nii.gz").shape == volume.shape[:3]
+
+
+def test_brain_finetune_begins_from_brain_mae(cache: Path, capsys: pytest.CaptureFixture) -> None:
+    source = cache / "runs" / "brain_mae"
+    main.main([f"--config={REPO}/configs/brain_mae.py:debug", f"--workdir={source}"])
+    capsys.readouterr()
+    workdir, metrics = run("brain_finetune", cache, f"debug,source={source}")
+    said = capsys.readouterr().out
+    assert "40 matched, 0 reshaped, 4 missing" in said, "all of the network, and nothing of its head"
+    assert np.isfinite(losses(workdir)).all()
+    assert "dice" in metrics
+    assert "run         brain_finetune: 2 train, 2 val, 2 test cases" in said
+    with pytest.raises(UserError, match="run --config=configs/brain_mae.py:debug first"):
+        main.main([f"--config={REPO}/configs/brain_finetune.py:debug", f"--workdir={cache / 'runs' / 'none'}"])
 
 
 def test_stroke_risk(cache: Path) -> None:
