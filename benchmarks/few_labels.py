@@ -167,16 +167,18 @@ def report(out: Path, arms: Sequence[str], about: Sequence[str], target: Path | 
 
 
 def calibrate(recipe: str, arg: str, out: Path, arms: Sequence[str]) -> None:
-    """Prints what a step of each arm takes here, as `STEP` of the recipe."""
+    """Prints what a step takes here: of `scratch` in seconds, of the other arms relative to it (`COST`)."""
     folder = out / "calibrate"
     found = {}
-    for arm in ("pretrain", *arms):
+    for arm in dict.fromkeys(("scratch", "pretrain", *arms)):
         given = ",".join(filter(None, [arg, f"arm={arm}"]))
         command = ["--config.train.total=40 steps", "--config.train.log_every=5 steps", "--config.optim.warmup=1 steps"]
         command += ["--config.train.eval_cases=1", "--config.init.source="]
         run(["medjax.main", f"--config={recipe}:{given}", f"--workdir={folder / arm}", *command])
         found[arm] = round(seconds_a_step(folder / arm) or math.nan, 3)
-    say("STEP = " + json.dumps(found, indent=4))
+    step = found["scratch"]
+    cost = {arm: round(seconds / step, 2) for arm, seconds in found.items()}
+    say(f"step={step}\nCOST = {json.dumps(cost, indent=4)}")
 
 
 def parser() -> argparse.ArgumentParser:

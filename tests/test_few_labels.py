@@ -37,11 +37,11 @@ def steps(config: Any) -> int:
 
 def test_every_arm_has_the_same_time() -> None:
     for arm in study.ARMS:
-        config = resolved(f"arm={arm},labels=5,seconds=200,pretrain=0.25")
-        spent = steps(config) * study.STEP[arm]
+        config = resolved(f"arm={arm},labels=5,seconds=200,step=0.5,pretrain=0.25")
+        spent = steps(config) * study.COST[arm] * 0.5
         if arm in study.PRETRAINED:
             assert config.init.source == "runs/few_labels/pretrained/seed{seed}"
-            spent += steps(resolved("arm=pretrain,seconds=200,pretrain=0.25")) * study.STEP["pretrain"]
+            spent += 0.5 * steps(resolved("arm=pretrain,seconds=200,step=0.5,pretrain=0.25"))
         else:
             assert not config.init.source
         assert spent == pytest.approx(200, abs=1)

@@ -1,12 +1,14 @@
-"""What few labels need: hippocampus from 3, 5, 10, 20 or 180 outlined cases, by eight ways, in equal time.
+"""What few labels need: hippocampus from 3, 5, 10, 20 or 180 outlined cases, by nine ways, in equal time.
 
     python -m benchmarks.few_labels                                  # pretraining, all runs, table and curves; hours
     python -m launch.sweep --config=configs/ablations/few_labels.py:labels=5,arms=scratch+mean_teacher --seeds=3
 
 Every arm has `seconds` of training steps in all. Steps are counted, not timed, so that a run can be repeated: their
-number is `seconds` over what a step of that arm took on two cores of a CPU (`STEP`; `python -m benchmarks.few_labels
---calibrate` measures them elsewhere). Arms that begin from pretraining spend `pretrain` of their seconds on it, in full
-each, though all of them share one. The validation cases are looked at once, after the last step.
+number is `seconds` over `step`, what a step of `scratch` takes, times the arm's `COST`; `--calibrate` of
+`python -m benchmarks.few_labels` measures both. Arms that begin from pretraining spend `pretrain` of their seconds on
+it, in full each, though all of them share one. The validation cases are looked at once, after the last step.
+
+The network is half as wide as that of `hippocampus.py`: labels are to be what is short, not steps.
 
 | arm | |
 |---|---|
@@ -19,9 +21,9 @@ each, though all of them share one. The validation cases are looked at once, aft
 | `lora` | begun likewise; low-rank changes of the network and a new head are trained |
 | `probe`, `probe_random` | the encoder stays as pretrained, or as drawn at random; decoder and head are trained |
 
-Arguments: `labels=3+5+10+20+180`, `arms=scratch+mae+...`, `seconds=240`, `pretrain=0.5`, `pretrained=FOLDER` (with
-`{seed}`), `data=FOLDER` (beside it lies `brain_unlabelled`), `arm=NAME` (one of the arms, or `pretrain`), `debug`
-(a few steps).
+Arguments: `labels=3+5+10+20+180`, `arms=scratch+mae+...`, `seconds=240`, `step=0.2`, `pretrain=0.5`, `width=8`,
+`pretrained=FOLDER` (with `{seed}`), `data=FOLDER` (beside it lies `brain_unlabelled`), `arm=NAME` (one of the arms, or
+`pretrain`), `debug` (a few steps).
 """
 
 import os
@@ -31,21 +33,20 @@ from ml_collections import ConfigDict
 from configs import hippocampus
 from medjax.config import parse_arg
 
-# Seconds of a step of each arm on 2 cores of a CPU: that of `scratch` as docs/benchmarks.md has it (1300 steps in 12
-# minutes), the others' by their FLOPs relative to it.
-STEP = {
-    "pretrain": 0.55,
-    "scratch": 0.55,
-    "synthseg": 0.55,
-    "synthseg_half": 0.55,
-    "mean_teacher": 0.74,
-    "mae": 0.55,
-    "mae_mean_teacher": 0.74,
-    "lora": 0.55,
-    "probe": 0.42,
-    "probe_random": 0.42,
+# What a step of each arm costs, relative to one of `scratch`: its FLOPs.
+COST = {
+    "pretrain": 1.0,
+    "scratch": 1.0,
+    "synthseg": 1.0,
+    "synthseg_half": 1.0,
+    "mean_teacher": 1.33,
+    "mae": 1.0,
+    "mae_mean_teacher": 1.33,
+    "lora": 1.0,
+    "probe": 0.77,
+    "probe_random": 0.77,
 }
-ARMS = tuple(STEP)[1:]
+ARMS = tuple(COST)[1:]
 PRETRAINED = ("mae", "mae_mean_teacher", "lora", "probe")
 ALL = 180  # training cases
 OUT = "runs/few_labels"
@@ -74,6 +75,8 @@ def read(arg):
         arms="+".join(ARMS),
         labels="3+5+10+20+180",
         seconds=240.0,
+        step=0.2,
+        width=8,
         pretrain=0.5,
         pretrained=f"{OUT}/pretrained/seed{{seed}}",
     )
@@ -84,7 +87,7 @@ def get_config(arg=None):
     config = hippocampus.get_config(f"data={arg.data}" if arg.data else None)
     labels = int(arg.labels.split("+")[0])
     share = arg.pretrain if arg.arm == "pretrain" else 1 - arg.pretrain if arg.arm in PRETRAINED else 1.0
-    steps = 4 if arg.debug else max(1, round(share * arg.seconds / STEP[arg.arm]))
+    steps = 4 if arg.debug else max(1, round(share * arg.seconds / (arg.step * COST[arg.arm])))
     every = f"{steps} steps"
     config.train = ConfigDict(
         {"total": every, "eval_every": every, "checkpoint_every": every, "log_every": f"{max(1, steps // 10)} steps"}
@@ -92,6 +95,7 @@ def get_config(arg=None):
     config.train.eval_cases = 1
     config.optim.warmup = f"{steps // 10} steps"
     config.eval = ConfigDict({"splits": ("val",), "mirror": (0,), "predictions": False, "pictures": False})
+    config.model.features = tuple(arg.width * 2**i for i in range(4))
     if arg.debug:
         config.model.features = (4, 8, 16)
         config.data.patch = (24, 24, 24)
@@ -131,14 +135,15 @@ def pretraining(config, arg):
 
 
 def lora(config):
-    """At most 5 % of the parameters: low-rank changes of every kernel, norms, and the head in full."""
-    config.peft = ConfigDict({"type": "lora", "rank": 3, "alpha": 6.0, "train": ("heads", r"backbone/.*(scale|bias)")})
+    """At most 5 % of the parameters: low-rank changes of every kernel, and the head in full."""
+    config.peft = ConfigDict({"type": "lora", "rank": 2, "alpha": 4.0, "train": ("heads",)})
 
 
 def sweep(arg=None):
     """A variant an arm and number of labels; `scratch` first, number by number."""
     given = read(arg)
-    flags = [f"{key}={given[key]}" for key in ("data", "seconds", "pretrain", "pretrained") if given[key]]
+    passed = ("data", "seconds", "step", "width", "pretrain", "pretrained")
+    flags = [f"{key}={given[key]}" for key in passed if given[key]]
     flags += ["debug"] if given.debug else []
     return [
         {"name": f"{arm}_{labels}", "arg": ",".join([f"arm={arm}", f"labels={labels}", *flags])}
