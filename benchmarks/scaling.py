@@ -137,8 +137,10 @@ def build(plan: str, batch: int, precision: str) -> tuple[Any, Any]:
     return config, job_lib.Job(cohort, {"train": cases}, about, built, build_model(config, built), 250000)
 
 
-def compile_case(plan: str, mesh_shape: Mapping[str, int], batch: int, target: str, precision: str) -> dict[str, Any]:
-    """Compiles the train step of a plan for a target; one row of results."""
+def compile_case(
+    plan: str, mesh_shape: Mapping[str, int], batch: int, target: str, precision: str, trace: bool = False
+) -> dict[str, Any]:
+    """Compiles (with `trace`: only traces) the train step of a plan for a target; one row of results."""
     import jax
     import numpy as np
 
@@ -174,6 +176,8 @@ def compile_case(plan: str, mesh_shape: Mapping[str, int], batch: int, target: s
         "flops": flops, "state_bytes": _shard_bytes(state),
         "batch_bytes": sum(math.prod(v.shape) * v.dtype.itemsize for v in inputs.values()), "jax": jax.__version__,
     }  # fmt: skip
+    if trace:
+        return row | {"seconds": round(time.perf_counter() - began, 1)}
     try:
         compiled = traced.lower(lowering_platforms=(target.partition(":")[0],)).compile()
     except Exception as error:  # the compiler's own word that it does not fit
@@ -333,6 +337,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--mesh", nargs="+", default=["data=1"], metavar="AXIS=N")
     p.add_argument("--batch", type=int, default=0, help="examples of the step; default: the plan's a device")
     p.add_argument("--precision", default="bfloat16")
+    p.add_argument(
+        "--trace", action="store_true", help="do not compile: parameters, FLOPs and bytes of state and batch"
+    )
     p.add_argument("--all", choices=("tpu", "cpu"), help="every case of the page, one after the other")
     p.add_argument("--to", type=Path, default=Path("scaling.jsonl"))
     p.add_argument("--limit", type=float, default=1200.0, help="seconds of one compilation")
@@ -354,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # libtpu looks for a TPU's metadata server otherwise.
         os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost"}
     batch = args.batch or PLANS[args.plan]["data"]["batch_size"] * mesh.get("data", 1) * mesh.get("fsdp", 1)
-    print(json.dumps(compile_case(args.plan, mesh, batch, args.target, args.precision)))
+    print(json.dumps(compile_case(args.plan, mesh, batch, args.target, args.precision, args.trace)))
 
 
 if __name__ == "__main__":
