@@ -201,6 +201,10 @@ def comparison(
         axes.set_ylabel("mean")
         axes.margins(x=0.25, y=0.15)
         axes.grid(alpha=0.25)
+    if title:
+        figure.suptitle(title, fontsize=12)
+    figure.set_layout_engine("tight")
+    _save(figure, path)
 
 
 def agreement(
