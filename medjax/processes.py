@@ -189,6 +189,7 @@ def _own_last_words() -> Iterator[None]:
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
     _run.guard = lambda: libc.signal(signal.SIGABRT, handler)
+    _run.guard()
     _jax.get_distributed_runtime_client = client
     try:
         yield
