@@ -46,7 +46,7 @@ def get_config(arg=None):
     config.optim = ConfigDict(
         {"name": "adamw", "lr": 3e-3, "weight_decay": 1e-2, "schedule": "cosine", "warmup": "50 steps", "ema": 0.99}
     )
-    config.semi = ConfigDict({"method": arg.method, "weight": 5.0, "rampup": "300 steps", "ema": 0.99})
+    config.semi = ConfigDict({"method": arg.method, "weight": 1.0, "rampup": "300 steps", "ema": 0.99})
     # No choice of a checkpoint by the validation cases: those labels would be labels too.
     config.train = ConfigDict({"total": "800 steps", "eval_every": "800 steps", "checkpoint_every": "200 steps"})
     config.eval = ConfigDict({"splits": ("val",), "mirror": (0,)})

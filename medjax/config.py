@@ -102,7 +102,7 @@ def defaults() -> ConfigDict:
 
     c.init = ConfigDict(  # weights to begin from, at step 0; medjax/transfer.py, docs/transfer.md
         {
-            "source": "",  # a run's folder, a folder of its checkpoints, or params.npz of medjax.convert; empty: random
+            "source": "",  # folder of a run ('{seed}': this run's), of its checkpoints, or params.npz of medjax.convert
             "which": "best",  # of a run's checkpoints, or 'latest'
             "rules": (),  # ((regex, replacement), ...): names there -> names here, '' leaves out; the first that fits
             "skip": (),  # regexes of parameters here that begin at random all the same

@@ -114,13 +114,14 @@ class Start:
 def open_start(
     config: ConfigDict, model: Any, modalities: Sequence[str], folder: Path, reference: Mapping[str, Any] | None = None
 ) -> Start | None:
-    """Reads `config.init.source` and maps it onto the parameters of `model`; None without a source.
+    """Reads `config.init.source`, its `{seed}` filled in, and maps it onto the parameters of `model`; None without.
 
     Args:
       folder: of the run. reference: of a run that goes on, or is read: what its checkpoint says of the source.
     """
+    where = config.init.source.replace("{seed}", str(config.seed))
     if reference:
-        given = [config.init.source] if config.init.source else []
+        given = [where] if where else []
         places = [*map(Path, given), Path(reference["source"]), folder / reference["beside"]]
         place = next((p for p in places if p.exists()), None)
         if place is None:
@@ -129,8 +130,8 @@ def open_start(
                 f"{places[-1]}). Put it back, or say where it is with --config.init.source."
             )
         source = read(place, reference["kind"] or "best", reference["step"] if reference["kind"] else None)
-    elif config.init.source:
-        source = read(Path(config.init.source), config.init.which)
+    elif where:
+        source = read(Path(where), config.init.which)
     else:
         return None
     return match(source, describe(config, model, modalities), config.init)

@@ -17,7 +17,7 @@ from benchmarks import few_labels
 from configs.ablations import few_labels as study
 from launch import sweep
 from medjax import config as config_lib
-from medjax import models, peft, tasks
+from medjax import models, peft, tasks, transfer
 from medjax.data import dataset
 from medjax.errors import UserError
 from medjax.models.model import build_model
@@ -145,6 +145,14 @@ def test_what_cannot_work_is_refused_in_words(runs: Path, tmp_path: Path) -> Non
     ):
         with pytest.raises(UserError, match=words):
             few_labels.main(arguments)
+
+
+def test_each_seed_begins_from_its_own_pretraining() -> None:
+    config = resolved("arm=mae,labels=5,pretrained=nowhere/seed{seed}")
+    with config.unlocked():
+        config.seed = 7
+    with pytest.raises(UserError, match="nowhere/seed7: there is no such run"):
+        transfer.open_start(config, None, ("MRI",), Path())
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ def get_config(arg=None):
         config.init.skip = (r"backbone/(decoder|up)\d+.*",)
     if arg.arm in ("mean_teacher", "mae_mean_teacher"):
         config.data.unlabelled, config.data.sampling = True, ConfigDict({"labelled": 0.5 if labels < ALL else 0.0})
-        config.semi = ConfigDict({"method": "mean_teacher", "weight": 5.0, "rampup": f"{2 * steps // 5} steps"})
+        config.semi = ConfigDict({"method": "mean_teacher", "weight": 1.0, "rampup": f"{2 * steps // 5} steps"})
         config.semi.cases = "unlabelled" if labels < ALL else "all"
     if arg.arm in ("synthseg", "synthseg_half"):
         config.augment = ConfigDict({"transforms": PAINTED[arg.arm]})
