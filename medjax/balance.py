@@ -133,4 +133,10 @@ def build(config: ConfigDict, tasks: Mapping[str, Any], rate: Callable, cuts: in
     }
     if optim.balance not in kinds:
         raise UserError(f"config: optim.balance '{optim.balance}' is not known; known: {', '.join(kinds)}")
+    apart = [name for name, task in tasks.items() if getattr(task, "kind", "") == "pretext"]
+    if optim.balance == "gradnorm" and apart and len(tasks) > 1:
+        raise UserError(
+            f"config: optim.balance 'gradnorm' compares tasks in the features they share, and '{apart[0]}' makes a "
+            "pass of its own; use 'uncertainty' or 'fixed'"
+        )
     return kinds[optim.balance if len(tasks) > 1 else "fixed"]()

@@ -4,6 +4,7 @@ hand."""
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -193,3 +194,10 @@ def test_gradnorm_leaves_alone_what_has_no_label() -> None:
     state, logged = rule.update(rule.create(), (jnp.array([0.0, 0.0]), None), losses, share)
     np.testing.assert_array_equal(state.weights, [1.0, 1.0])
     assert all(np.isfinite(v) for v in logged.values())
+
+
+def test_gradnorm_refuses_a_task_with_a_pass_of_its_own(recipe: Path) -> None:
+    config = plain(recipe, "optim.balance=gradnorm", "optim.ema=0.0")
+    kinds = {"a": SimpleNamespace(kind="dense", weight=1.0), "b": SimpleNamespace(kind="pretext", weight=1.0)}
+    with pytest.raises(UserError, match="'b' makes a pass of its own"):
+        balance.build(config, kinds, lambda _: 0.1)
