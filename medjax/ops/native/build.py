@@ -31,7 +31,7 @@ _SOURCES = (
     "gelu.cc",
     "gather.cc",
 )
-_HEADERS = ("team.h", "conv3d.h", "element.h")
+_HEADERS = ("team.h", "conv3d.h", "element.h", "exponential.h")
 _RUNTIME_WHEEL, _HEADER_WHEEL = "onednn-cpu-gomp", "onednn-devel-cpu-gomp"
 # Without errno a square root is one instruction, and loops with one in them are vectorised.
 _FLAGS = (

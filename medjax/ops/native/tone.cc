@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "element.h"
+#include "exponential.h"
 #include "team.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -57,18 +58,6 @@ inline float Log2(float x) {
   const float s = (m - 1) / (m + 1), t = s * s;
   const float series = 1 + t * (1.0f / 3 + t * (1.0f / 5 + t * (1.0f / 7 + t * (1.0f / 9))));
   return static_cast<float>(exponent) + 2.885390082f * s * series;
-}
-
-// 2^x for x up to about 0; 0 below the normal numbers.
-inline float Exp2(float x) {
-  const int32_t whole = static_cast<int32_t>(x - 0.5f);
-  const float f = (x - static_cast<float>(whole)) * 0.6931471806f;
-  const float p =
-      1 + f * (1 + f * (0.5f + f * (1.0f / 6 + f * (1.0f / 24 + f * (1.0f / 120 + f * (1.0f / 720))))));
-  const int32_t bits = (std::max(whole, -127) + 127) << 23;
-  float scale;
-  std::memcpy(&scale, &bits, sizeof scale);
-  return p * scale;
 }
 
 // x^power for x from 0 to about 1.
