@@ -187,6 +187,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--config", default=RECIPE, metavar="FILE[:ARG]", help="the recipe and its argument")
     p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--jobs", type=int, help="runs at a time, as in `launch.sweep`; the cores are divided among them")
     p.add_argument("--out", type=Path, default=Path("runs/few_labels"))
     p.add_argument("--page", type=Path, help="Markdown file whose table is replaced")
     p.add_argument("--report", action="store_true", help="only the table and the curves, of the runs there are")
@@ -209,7 +210,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             pretrain(recipe, given_arg, args.out, range(args.seeds))
         pretrained = f"pretrained={args.out}/pretrained/seed{{seed}}"
         whole = ",".join(filter(None, [given_arg, f"arms={given.arms}", pretrained]))
-        run(["launch.sweep", f"--config={recipe}:{whole}", f"--seeds={args.seeds}", f"--out={args.out / 'arms'}"])
+        jobs = [f"--jobs={args.jobs}"] if args.jobs else []
+        out = f"--out={args.out / 'arms'}"
+        run(["launch.sweep", f"--config={recipe}:{whole}", f"--seeds={args.seeds}", out, *jobs])
         spent = "a few steps" if given.debug else f"{duration(given.seconds)} of training steps an arm and seed"
         if set(arms) & set(module.PRETRAINED) and not given.debug:
             spent += f", {given.pretrain:.0%} of it pretraining where there is any"
