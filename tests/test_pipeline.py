@@ -9,9 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
+from medjax.data import pipeline
 from medjax.data.cases import Case
 from medjax.data.pipeline import Source, center_batches, make_sampler, train_batches
 from medjax.data.sampler import Sampler, bucket_shapes, cut
@@ -294,3 +296,33 @@ def test_memory_stays_flat(source: Source) -> None:
                 pieces.append(resident())
         # 500 batches hold 65 MB.
         assert pieces[-1] - pieces[0] < 8 << 20, pieces
+
+
+@pytest.mark.parametrize("threads", [False, True])
+def test_memory_is_used_again_and_never_while_a_batch_is_held(
+    source: Source, threads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if threads:
+        monkeypatch.setitem(sys.modules, "tensorflow", None)
+    sampler = Sampler(3, 5, 0.5)
+    make = lambda: train_batches(source, sampler, patch=PATCH, batch_size=2, workers=2)  # noqa: E731
+    expected = [{key: value.copy() for key, value in batch.items()} for batch in islice(make(), 30)]
+    kept, places = [], set()
+    for step, batch in enumerate(islice(make(), 30)):
+        assert batch["image"].ctypes.data % 64 == 0
+        places.add(batch["image"].ctypes.data)
+        if step % 3 == 0:
+            kept.append((step, batch["image"][1, 2:], jax.device_put(batch["image"])))
+    assert len(places) < 30 - 5
+    for step, part, on_device in kept:
+        np.testing.assert_array_equal(part, expected[step]["image"][1, 2:])
+        np.testing.assert_array_equal(on_device, expected[step]["image"])
+
+
+def test_arrays_of_every_size_can_be_had() -> None:
+    buffers = pipeline._Buffers()
+    for shape, dtype in (((), np.bool_), ((0, 3), np.float32), ((5,), np.int64), ((2, 3, 4), np.uint8)):
+        array = buffers.empty(shape, np.dtype(dtype))
+        assert array.shape == shape
+        assert array.dtype == dtype
+        array[...] = 1

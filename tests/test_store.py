@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import gc
 import gzip
 import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -30,6 +33,7 @@ from medjax.data import cohort as cohorts
 from medjax.data import dataset, preprocess, records, sampler, store
 from medjax.data.cases import Finding
 from medjax.errors import UserError
+from medjax.ops import native
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -119,9 +123,9 @@ def test_slices_are_those_of_memory(
             np.testing.assert_array_equal(a.points["spheres"][value][3:4], voxels[3:4])
 
 
-@pytest.mark.parametrize("native", ["0", "1"])
-def test_a_patch_reads_about_that_patch(native: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MEDJAX_NATIVE", native)
+@pytest.fixture
+def cube(tmp_path: Path) -> store.StoredCase:
+    """A case of 96³ voxels in the store."""
     shape, rng = (96, 96, 96), np.random.default_rng(0)
     (tmp_path / "imagesTr").mkdir()
     tiny.nib.save(tiny.nib.Nifti1Image(rng.random(shape, np.float32), np.eye(4)), tmp_path / "imagesTr" / "a.nii")
@@ -130,23 +134,122 @@ def test_a_patch_reads_about_that_patch(native: str, tmp_path: Path, monkeypatch
     cases = cohorts.from_msd(tmp_path).cases
     plan = preprocess.fit({"normalize": "none"}, cohorts.from_msd(tmp_path), cases)
     (case,) = build(tmp_path / "store", plan, cases)
+    return case
+
+
+def test_a_patch_reads_about_that_patch(cube: store.StoredCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDJAX_NATIVE", "0")
     if not Path("/proc/self/io").exists():
         pytest.skip("what a process reads is counted by Linux alone")
 
     def read() -> int:
         return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
 
-    case.image[0:1, 0:1, 0:1]  # what is loaded at the first read
+    cube.image[0:1, 0:1, 0:1]  # what is loaded at the first read
     small = 20_000  # the counter's own text, the JSON beside...
     rows = 16 * 16 * 96 * 4  # a row is read whole
     before = read()
     for _ in range(2):
-        case.image[40:56, 40:56, 40:56]
+        cube.image[40:56, 40:56, 40:56]
     # Twice the rows, and once the blocks of 64 KiB they lie in, to be checked.
     assert read() - before <= 2 * rows * 1.001 + 16 * 2 * 65536 + small < 0.9 * 96**3 * 4
     before = read()
-    case.image[40:56, 40:56, 40:56]
+    cube.image[40:56, 40:56, 40:56]
     assert read() - before <= rows * 1.001 + small
+
+
+@pytest.fixture
+def kernels() -> None:
+    if native.function("medjax_gather") is None:
+        pytest.skip("the native kernels are off")
+
+
+def in_memory(path: Path, fresh: bool = False) -> int:
+    """Bytes of a file that the kernel has in its cache, after it was asked to drop them (`fresh`)."""
+    size = path.stat().st_size
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    with path.open("rb") as file:
+        if fresh:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        data = ctypes.c_void_p(libc.mmap(None, ctypes.c_size_t(size), 1, 1, file.fileno(), ctypes.c_long(0)))
+    pages = np.zeros(-(-size // 4096), np.uint8)
+    assert not libc.mincore(data, ctypes.c_size_t(size), ctypes.c_void_p(pages.ctypes.data))
+    libc.munmap(data, ctypes.c_size_t(size))
+    return int((pages & 1).sum()) * 4096
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_patch_brings_about_that_patch_into_memory(cube: store.StoredCase) -> None:
+    path, whole = cube.image._record.path, 4 * 96**3
+    expected = cube.image[()]  # and every block has been checked
+    cube.image._record._file = None  # a page in use is not dropped
+    if in_memory(path, fresh=True) > whole // 2:
+        pytest.skip("this file system keeps its files in memory")
+    np.testing.assert_array_equal(cube.image[40:56, 40:56, 40:56], expected[40:56, 40:56, 40:56])
+    assert in_memory(path) < 0.5 * whole  # 16 planes of 96, and what the disk reads ahead
+
+
+@pytest.mark.usefixtures("kernels")
+def test_mapped_files_keep_to_their_share(
+    own: tuple, plan: preprocess.Plan, memory: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten: list[records._Mapped] = []
+    forget = records._Mapped.forget
+    monkeypatch.setattr(records._Mapped, "forget", lambda file: (forgotten.append(file), forget(file)))
+    cases = build(tmp_path / "store", plan, own)
+    share = records._Resident(int(2.5 * cases[0].image._record.path.stat().st_size))
+    monkeypatch.setattr(records, "_resident", share)
+    for _ in range(2):
+        for case, expected in zip(cases, memory, strict=True):
+            for _ in range(3):
+                np.testing.assert_array_equal(case.image[()], expected.image)
+            assert share._held <= share._most
+    assert len(forgotten) >= 2 * len(cases) - 3
+    before = share._held
+    del forgotten[:], case, cases
+    gc.collect()
+    assert before > 0
+    assert not share._held
+    assert not share._files
+
+
+_CUT_WHILE_READ = """
+import ctypes, os, sys, threading
+import numpy as np
+from medjax.ops import native
+
+gather, mapped = native.function("medjax_gather"), native.function("medjax_map")
+size = 64 * 65536
+fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+os.truncate(fd, size)
+file = ctypes.c_void_p(mapped(fd, ctypes.c_int64(size)))
+out = np.empty(60 * 65536, np.uint8)
+numbers = [ctypes.c_int64(n) for n in (size, 65536, 24, 0, 1, 0, 1, 0, out.nbytes)]
+go = lambda: gather(fd, file, *numbers, ctypes.c_void_p(out.ctypes.data))
+assert go() == 0
+os.truncate(fd, 8192)
+import errno
+assert go() == errno.EIO
+threads = [threading.Thread(target=go) for _ in range(4)]
+[t.start() for t in threads]
+[t.join() for t in threads]
+os.truncate(fd, size)
+assert go() == 0
+print("alive", flush=True)
+os.truncate(fd, 0)
+ctypes.string_at(file, 1)  # not in a gather: the process ends as it would have without us
+"""
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_file_cut_while_it_is_copied_is_an_error_and_no_crash(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _CUT_WHILE_READ, str(tmp_path / "file")], capture_output=True, text=True
+    )
+    assert done.stdout == "alive\n", done.stderr
+    assert done.returncode == -signal.SIGBUS
 
 
 def test_nothing_is_prepared_twice(

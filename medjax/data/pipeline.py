@@ -298,6 +298,7 @@ Place = tuple[int, Any, Sequence[int], int, bool]
 """A row before it is made: the first five arguments of `Source.row`."""
 
 _AHEAD = 2  # batches being made at a time; as many again are waiting
+_KEPT = 2 * _AHEAD + 1  # arrays of a size that wait to be used again
 
 
 def _run(
@@ -312,11 +313,11 @@ def _run(
     # What a row looks like; an axis that differs between buckets has no fixed length.
     examples = [source.row(0, np.zeros(3, int), shape, 0, False) for shape in shapes]
     layouts = {tuple(s): {k: (v.shape, v.dtype) for k, v in e.items()} for s, e in zip(shapes, examples, strict=True)}
-    pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="medjax-rows")
+    pool, buffers = ThreadPoolExecutor(max(1, workers), thread_name_prefix="medjax-rows"), _Buffers()
 
     def batch(step: int) -> Row:
         places = [place(step * local + i) for i in range(local)]
-        made = {k: _aligned((local, *shape), dtype) for k, (shape, dtype) in layouts[tuple(places[0][2])].items()}
+        made = {k: buffers.empty((local, *shape), dtype) for k, (shape, dtype) in layouts[tuple(places[0][2])].items()}
 
         def fill(i: int) -> None:
             out = {key: array[i : i + 1].reshape(array.shape[1:]) for key, array in made.items()}
@@ -369,10 +370,12 @@ def _run(
     options.deterministic = True
     options.autotune.enabled = False
 
+    failure = tf.errors.OpError  # when the interpreter ends, modules go before suspended generators do
+
     def batches() -> Iterator[Row]:
         try:
             yield from data.with_options(options).as_numpy_iterator()
-        except tf.errors.OpError:
+        except failure:
             if failed:  # what went wrong, rather than TensorFlow's account of it
                 raise failed[0] from None
             raise
@@ -397,9 +400,31 @@ def _threads(batch: Callable[[int], Row], steps: int | None, pool: ThreadPoolExe
         pool.shutdown()
 
 
-def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """An array that begins at a multiple of 64 bytes: TensorFlow and JAX take such arrays over without a copy."""
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    first = -raw.ctypes.data % 64
-    return raw[first : first + size].view(dtype).reshape(tuple(shape))
+class _Buffers:
+    """Arrays for batches. Memory of those that are gone is used again: fresh pages, which the kernel clears first, cost
+    as much as the copy into them."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, deque[np.ndarray]] = {}
+
+    def empty(self, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+        """An array that begins at a multiple of 64 bytes: TensorFlow and JAX take such arrays over without a copy."""
+        size = math.prod(shape) * dtype.itemsize
+        free = self._free.setdefault(size, deque(maxlen=_KEPT))
+        try:
+            raw = free.pop()
+        except IndexError:
+            raw = np.empty(size + 64, np.uint8)
+        first = -raw.ctypes.data % 64
+        # What views the array holds its base, and so the memory.
+        return np.asarray(_Lent(raw[first : first + size], raw, free)).view(dtype).reshape(tuple(shape))
+
+
+class _Lent:
+    """Memory of an array; goes back when nothing views it any more."""
+
+    def __init__(self, part: np.ndarray, raw: np.ndarray, free: deque[np.ndarray]) -> None:
+        self.__array_interface__, self._raw, self._free = part.__array_interface__, raw, free
+
+    def __del__(self) -> None:
+        self._free.append(self._raw)

@@ -11,9 +11,12 @@ import hashlib
 import json
 import math
 import os
+import sys
 import threading
 import uuid
+import weakref
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ _BLOCK, _HEADER = 1 << 16, 24
 _PAYLOAD = _BLOCK - _HEADER
 _OPTIONS = "group_size:1,uncompressed"  # voxels are read in place, and compressing floats costs more than it saves
 _LARGEST = (1 << 31) - (1 << 20)  # bytes a protocol buffer may have, less room for the small features
+_MAPPED = 1 / 8  # of the machine's memory: what mapped files may show as resident
 _PIECES = 512  # pairs of buffers a preadv call takes (IOV_MAX is 1024)
 _NO_MASK = (2, 2, 2)  # shape of a mask that is not there; TFDS's numpy reader trips over empty arrays
 
@@ -52,6 +56,7 @@ class Record:
     def __init__(self, path: Path, about: Mapping[str, Any], rebuild: Callable[[], Mapping[str, Any]] | None) -> None:
         self.path, self._rebuild, self._lock = path, rebuild, threading.Lock()
         self._arrays = about["arrays"]
+        self._file: _Mapped | None = None
         self._take(about)
 
     def _take(self, about: Mapping[str, Any]) -> None:
@@ -96,13 +101,15 @@ class Record:
     ) -> None:
         native_gather = native.function("medjax_gather")  # without it several times slower: Python's lock and copies
         at = self._start + first
-        if native_gather is not None:
-            numbers = (_BLOCK, _HEADER, at, outer[1], outer[0], inner[1], inner[0], run, out.ctypes.data)
-            failed = native_gather(fd, *map(ctypes.c_int64, numbers))
-            if failed > 0:
-                raise OSError(failed, os.strerror(failed))
+        if native_gather is not None and (mapped := self._mapped(fd)) is not None:
+            lengths = (mapped.size, _BLOCK, _HEADER, at, outer[1], outer[0], inner[1], inner[0], run)
+            target = ctypes.c_void_p(out.ctypes.data)
+            failed = native_gather(fd, ctypes.c_void_p(mapped.address), *map(ctypes.c_int64, lengths), target)
             if failed < 0:
                 raise _Damaged("shorter than it was")
+            if failed:
+                raise OSError(failed, os.strerror(failed))
+            _resident.add(mapped, outer[1] * (inner[1] * inner[0] + run))
             return
         rows = out.reshape(outer[1], inner[1], run // out.itemsize)
         if inner[0] == run or inner[1] == 1:
@@ -116,6 +123,16 @@ class Record:
             length = (inner[1] - 1) * inner[0] + run
             self._stream(fd, at + i * outer[0], memoryview(between.data).cast("B")[:length])
             rows[i] = wide[:, : rows.shape[2]]
+
+    def _mapped(self, fd: int) -> _Mapped | None:
+        """The file in memory: the same until it is another file; None where it cannot be had."""
+        status = os.fstat(fd)
+        which = status.st_dev, status.st_ino, status.st_size
+        mapped = self._file  # by now another thread may have put another one there
+        if mapped is None or mapped.which != which:
+            mapped = _Mapped(fd, which)
+            self._file = mapped
+        return mapped if mapped.address else None
 
     def _stream(self, fd: int, first: int, out: memoryview) -> None:
         """Fills `out` from a place in the stream on."""
@@ -162,6 +179,63 @@ class Record:
             if about["arrays"] != self._arrays:
                 raise UserError(f"{self.path}: {what}, and prepared anew it is not what it was; give the command again")
             self._take(about)
+
+
+class _Mapped:
+    """A file in this process's address space.
+
+    What was read stays in the page tables, so that the next patch there costs no page faults, until all files together
+    hold more than `_MAPPED` of the machine's memory. These pages are the kernel's cache: they count as resident, but it
+    takes them back where it needs them.
+    """
+
+    def __init__(self, fd: int, which: tuple[int, int, int]) -> None:
+        self.which, self.size = which, which[-1]
+        map_file: Any = native.function("medjax_map")
+        self._call = {name: native.function(f"medjax_{name}") for name in ("forget", "unmap")}
+        self.address: int | None = map_file(fd, ctypes.c_int64(self.size)) if map_file and self.size else None
+
+    def forget(self) -> None:
+        self._do("forget")
+
+    def _do(self, what: str) -> None:
+        if call := self._call[what]:
+            call(ctypes.c_void_p(self.address), ctypes.c_int64(self.size))
+
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if getattr(self, "address", None) and not ending():
+            _resident.set(self, 0)
+            self._do("unmap")
+
+
+class _Resident:
+    """What the mapped files hold of the memory, at most."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._held = most, 0
+        self._lock = threading.RLock()  # a file may go while its own thread is in here
+        self._files: OrderedDict[int, tuple[weakref.ref[_Mapped], int]] = OrderedDict()  # longest untouched first
+
+    def set(self, file: _Mapped, size: int) -> int:
+        with self._lock:
+            before = self._files.pop(id(file), (None, 0))[1]
+            if size:
+                self._files[id(file)] = weakref.ref(file), size
+            self._held += size - before
+            return before
+
+    def add(self, file: _Mapped, count: int) -> None:
+        """Up to `count` bytes more have been read of a file."""
+        with self._lock:
+            self.set(file, min(file.size, self.set(file, 0) + count))
+            while self._held > self._most and len(self._files) > 1:
+                _, (oldest, size) = self._files.popitem(last=False)
+                self._held -= size
+                if (other := oldest()) is not None:
+                    other.forget()
+
+
+_resident = _Resident(int(_MAPPED * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
 
 
 class Stored:

@@ -87,6 +87,7 @@ class _Library:
         self.threads = usable_cpus()
         library.medjax_set_threads(self.threads)
         self.instruction_set = int(library.medjax_instruction_set())
+        library.medjax_map.restype = ctypes.c_void_p
         for name in _TARGETS:
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
         self.library = library

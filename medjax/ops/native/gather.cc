@@ -1,11 +1,16 @@
 // Parts of an array in a file whose stream of bytes is cut into blocks that begin with a header (array_record).
 #include <errno.h>
+#include <fcntl.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <vector>
+#include <mutex>
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -26,74 +31,103 @@ void Stream(char* out, const char* in, int64_t count) {
   std::memcpy(out, in, count);
 }
 
-constexpr int64_t kScratch = 1 << 20;  // bytes read at a time: they stay in the core's second cache
+// A mapped page that cannot be read (the file was cut meanwhile, or the disk failed) raises SIGBUS where a read would
+// return an error. Inside a copy it becomes that error; anywhere else it goes to whom it went before.
+thread_local sigjmp_buf* volatile escape = nullptr;
+struct sigaction other;
 
-// A window of the file, and its way from places in the stream to places in the file.
-struct Reader {
-  int fd;
+void OnBusError(int number, siginfo_t* info, void* context) {
+  if (escape != nullptr) siglongjmp(*escape, 1);
+  if (other.sa_flags & SA_SIGINFO) {
+    other.sa_sigaction(number, info, context);
+  } else if (other.sa_handler != SIG_DFL && other.sa_handler != SIG_IGN) {
+    other.sa_handler(number);
+  } else {
+    sigaction(number, &other, nullptr);  // the faulting instruction is repeated, and ends the process
+  }
+}
+
+void Guard() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    struct sigaction mine = {};
+    mine.sa_sigaction = OnBusError;
+    mine.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    sigaction(SIGBUS, &mine, &other);
+  });
+}
+
+struct Layout {
   int64_t block, header, payload;
-  std::vector<char> scratch;
-  int64_t base = 0;  // place in the file of the scratch's first byte
-
-  int64_t place(int64_t at) const { return at / payload * block + header + at % payload; }
-
-  int fetch(int64_t first, int64_t count) {
-    base = place(first);
-    int64_t size = place(first + count - 1) + 1 - base;
-    if (static_cast<int64_t>(scratch.size()) < size) scratch.resize(size);
-    for (int64_t done = 0; done < size;) {
-      ssize_t got = pread(fd, scratch.data() + done, size - done, base + done);
-      if (got < 0 && errno == EINTR) continue;
-      if (got < 0) return errno;
-      if (got == 0) return -1;
-      done += got;
-    }
-    return 0;
-  }
-
-  void copy(int64_t first, int64_t count, char* out) const {
-    while (count > 0) {
-      int64_t here = std::min(payload - first % payload, count);
-      Stream(out, scratch.data() + (place(first) - base), here);
-      first += here, out += here, count -= here;
-    }
-  }
+  int64_t place(int64_t at) const { return at / payload * block + header + at % payload; }  // in the file
 };
+
+// Has the disk fetch what is not in memory of [first, last) of the file, many parts at a time: the copy, page by page,
+// would wait for each.
+void Fetch(int fd, int64_t first, int64_t last) {
+  constexpr int64_t kProbe = 1 << 20, kRead = 1 << 17;  // of longer requests a kernel may read the beginning only
+  char byte;
+  iovec one = {&byte, 1};
+  for (; first < last; first += kProbe) {
+    int64_t end = std::min(first + kProbe, last);
+    if (preadv2(fd, &one, 1, (first + end) / 2, RWF_NOWAIT) == 1) continue;
+    for (int64_t at = first; at < end; at += kRead) readahead(fd, at, std::min(kRead, end - at));
+  }
+}
+
+// Copies `count` bytes of the stream from place `first` on.
+void Copy(const Layout& layout, const char* file, int64_t first, int64_t count, char* out) {
+  while (count > 0) {
+    int64_t here = std::min(layout.payload - first % layout.payload, count);
+    Stream(out, file + layout.place(first), here);
+    first += here, out += here, count -= here;
+  }
+}
 
 }  // namespace
 
-// Copies, for each of `outer` steps and in each of `inner` rows, `run` bytes of the stream to `out`, one after the other.
-// Returns 0, -1 where the file ends too soon, or errno.
-static int Gather(int fd, int64_t block, int64_t header, int64_t first, int64_t outer, int64_t outer_stride,
-                  int64_t inner, int64_t inner_stride, int64_t run, char* out) {
-  Reader reader{fd, block, header, block - header, {}};
-  if (run == 0) return 0;
-  // Rows that lie far apart, or are long, are read one by one; a long one in parts.
-  int64_t rows = inner_stride > 4 * run + 8192 ? 1 : std::max<int64_t>(1, kScratch / std::max<int64_t>(inner_stride, 1));
-  for (int64_t i = 0; i < outer; ++i) {
-    for (int64_t j = 0; j < inner; j += rows) {
-      int64_t many = std::min(rows, inner - j), at = first + i * outer_stride + j * inner_stride;
-      if (many == 1) {
-        for (int64_t done = 0; done < run;) {
-          int64_t part = std::min(kScratch, run - done);
-          if (int error = reader.fetch(at + done, part)) return error;
-          reader.copy(at + done, part, out);
-          done += part, out += part;
-        }
-        continue;
-      }
-      if (int error = reader.fetch(at, (many - 1) * inner_stride + run)) return error;
-      for (int64_t k = 0; k < many; ++k, out += run) reader.copy(at + k * inner_stride, run, out);
-    }
-  }
-  return 0;
+// Maps a file of `size` bytes into memory; null where that cannot be done.
+extern "C" void* medjax_map(int fd, int64_t size) {
+  void* data = mmap(nullptr, size, PROT_READ, MAP_SHARED, fd, 0);
+  return data == MAP_FAILED ? nullptr : data;
 }
 
-extern "C" int medjax_gather(int fd, int64_t block, int64_t header, int64_t first, int64_t outer, int64_t outer_stride,
-                             int64_t inner, int64_t inner_stride, int64_t run, char* out) {
-  int error = Gather(fd, block, header, first, outer, outer_stride, inner, inner_stride, run, out);
+// Takes the pages of a mapped file out of the process's memory; they come back when touched.
+extern "C" void medjax_forget(void* data, int64_t size) { madvise(data, size, MADV_DONTNEED); }
+
+extern "C" void medjax_unmap(void* data, int64_t size) { munmap(data, size); }
+
+// Copies, for each of `outer` steps and in each of `inner` rows, `run` bytes of the stream to `out`, one after the
+// other; `file` is the whole file of `size` bytes, mapped. Returns 0, -1 where it ends too soon, or errno.
+extern "C" int medjax_gather(int fd, const char* file, int64_t size, int64_t block, int64_t header, int64_t first,
+                             int64_t outer, int64_t outer_stride, int64_t inner, int64_t inner_stride, int64_t run,
+                             char* out) {
+  if (run == 0 || outer == 0 || inner == 0) return 0;
+  const Layout layout{block, header, block - header};
+  const bool sparse = inner_stride > 4 * run + 8192;  // what lies between the rows is not worth reading
+  const int64_t reach = (inner - 1) * inner_stride + run;
+  if (layout.place(first + (outer - 1) * outer_stride + reach - 1) >= size) return -1;
+  for (int64_t i = 0; i < outer; ++i) {
+    for (int64_t j = 0; j < (sparse ? inner : 1); ++j) {
+      int64_t at = first + i * outer_stride + j * inner_stride;
+      Fetch(fd, layout.place(at), layout.place(at + (sparse ? run : reach) - 1) + 1);
+    }
+  }
+  Guard();
+  sigjmp_buf here;
+  if (sigsetjmp(here, 1)) {  // nothing between here and the copies has anything to undo
+    escape = nullptr;
+    return EIO;
+  }
+  escape = &here;
+  for (int64_t i = 0; i < outer; ++i) {
+    for (int64_t j = 0; j < inner; ++j, out += run) {
+      Copy(layout, file, first + i * outer_stride + j * inner_stride, run, out);
+    }
+  }
+  escape = nullptr;
 #ifdef __AVX512F__
   _mm_sfence();
 #endif
-  return error;
+  return 0;
 }
