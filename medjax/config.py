@@ -24,7 +24,7 @@ from medjax.errors import UserError
 # Nodes whose keys are the user's own: the names of tasks, of modalities, of labels.
 OPEN = re.compile(
     r"tasks|tasks\.[^.]+\.regions"
-    r"|measures\.(frames|formulas)"
+    r"|measures\.(frames|formulas)|eval\.confirm(\.[^.]+)?"
     r"|data\.(images|targets|labels|classes|options|preprocess\.normalize|sampling\.classes)"
 )
 
@@ -182,6 +182,8 @@ def defaults() -> ConfigDict:
     c.eval.overlap = 0.5
     c.eval.mirror = ()  # axes averaged over at prediction
     c.eval.windows = 1  # windows a network call
+    # Masks that keep only what findings confirm: {'outline': {'by': 'nodules', 'score': 0.3}}; docs/tasks.md
+    c.eval.confirm = ConfigDict()
     c.eval.predictions = True  # write NIfTI on each input's own grid
     c.eval.pictures = True
 

@@ -55,7 +55,7 @@ def quick_scores(
         if number >= len(cases):
             continue
         case = cases[number]
-        probabilities = predictor(params, case.image)
+        probabilities = predictor.case(params, case)
         for name, task in predictor.tasks.items():
             value = (case.targets if task.kind == "dense" else case.values).get(name)
             if value is None:
@@ -145,7 +145,7 @@ def evaluate_split(
         prepared, like = load()
         if examiner:
             examiner.add(prepared, case.id, case.group, order[case.id])
-        probabilities = predictor(run.params, prepared.image)
+        probabilities = predictor.case(run.params, prepared)
         outputs = output_files(run, folder / "predictions", case.id)
         for name, task in run.tasks.items():
             decoded = task.decode(probabilities[name], prepared.geometry)
@@ -230,7 +230,7 @@ def draw(
     channel = shown_channel(run.plan.modalities)
     for rank, case_id in {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}.items():
         prepared = read_case(by_id[case_id], run.plan)[0]
-        probabilities = predictor(run.params, prepared.image)
+        probabilities = predictor.case(run.params, prepared)
         for name, task in dense.items():
             if name not in prepared.targets:
                 continue

@@ -17,6 +17,7 @@ from medjax.data import dataset, pipeline, preprocess, sampler, store
 from medjax.errors import UserError
 from medjax.logging import Progress, say
 from medjax.models.model import Model, build_model, check_heads
+from medjax.tasks import confirm
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def open_job(config: ConfigDict) -> Job:
     for task in tasks.self_supervised(job).values():
         task.check(config.data.patch)
     measures.check(config.measures, config.data, job, splits)
+    confirm.rules(config.eval.confirm, job)
     total = steps_of(config, "train.total", len(splits["train"]))
     plan = preprocess.fit(config.data.preprocess, cohort, splits["train"])
     model = build_model(config, job)

@@ -46,9 +46,11 @@ class Predictor:
         mesh: Mesh | None = None,
     ) -> None:
         from medjax.ops.windows import SlidingWindow
+        from medjax.tasks import confirm
 
         # What is only learnt from predicts nothing.
         self.tasks = job = {name: task for name, task in job.items() if task.kind != "pretext"}
+        self._confirm = confirm.rules(config.eval.get("confirm", {}), job)
         # What is said of voxels, and what of a case as a whole; each in the order of the network's output channels.
         self._dense = {name: task for name, task in job.items() if task.kind != "case"}
         self._whole = {name: task for name, task in job.items() if task.kind == "case"}
@@ -94,6 +96,12 @@ class Predictor:
         found, whole = self._window(params, image)
         return found | jax.tree.map(np.asarray, _probabilities(self._whole, whole))
 
+    def case(self, params: Any, prepared: Any) -> dict[str, np.ndarray]:
+        """A prepared case -> what `__call__` says of its image, masks confirmed (`eval.confirm`)."""
+        from medjax.tasks import confirm
+
+        return confirm.confirmed(self._confirm, self.tasks, self(params, prepared.image), prepared.geometry)
+
 
 def _probabilities(job: Mapping[str, Any], outputs: jax.Array) -> dict[str, Any]:
     """The network's joined channels [..., K], divided among the tasks: task -> probabilities."""
@@ -125,7 +133,8 @@ class Run:
         meta = checkpoints.meta(kind, self.step)
         self.config = config_lib.from_json(meta["config"])
         with self.config.ignore_type():
-            self.config.eval.update(dict(eval_options or {}))
+            for key, value in (eval_options or {}).items():  # tables as a whole: an empty one turns its option off
+                self.config.eval[key] = value
         self.plan = preprocess.Plan.from_json(meta["plan"])
         self.labels = meta["labels"]
         built = tasks.build(self.config.tasks, self.labels)
@@ -312,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             except UserError as error:
                 refused[case.id] = str(error)
             else:
-                probabilities = predictor(run.params, prepared.image)
+                probabilities = predictor.case(run.params, prepared)
                 for task_name, task in run.tasks.items():
                     decoded = task.decode(probabilities[task_name], prepared.geometry)
                     gauge.predicted(task_name, case.id, decoded, like.spacing)

@@ -30,6 +30,7 @@ def make_run(
     labels: Mapping[str, int] = LABELS,
     spacing: tuple[float, float, float] | None = (2.0, 2.0, 2.0),
     missing: str = "error",
+    evaluation: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Path:
     """A run of an untrained network: random weights are as good as learnt ones to follow voxels through a program."""
@@ -38,6 +39,7 @@ def make_run(
         "data": {"patch": PATCH},
         "model": {"name": "unet", "features": (4, 8), "convs": 1, "decoder_convs": 1},
         "tasks": job or {"spheres": {"type": "segmentation", "levels": 1}},
+        "eval": evaluation or {},
     }
     config_lib.merge(config, recipe)
     options = {"model": models.options, "tasks": tasks.options}

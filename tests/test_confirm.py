@@ -1,0 +1,182 @@
+"""Masks confirmed by findings: which parts stay, on any grid, and the same in every program."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+from untrained import labels_of, make_run, run_predict
+
+from medjax import config as config_lib
+from medjax import evaluate, predict
+from medjax.data.cohort import Case
+from medjax.data.preprocess import prepare_case
+from medjax.errors import UserError
+from medjax.tasks import confirm
+from medjax.tasks.common import Found
+from medjax.tasks.segmentation import Segmentation
+
+S = (20, 18, 16)
+BALLS = (((5, 5, 5), 3.0), ((14, 12, 10), 3.5))
+
+
+def ball(centre, radius) -> np.ndarray:
+    grid = np.meshgrid(*(np.arange(n) for n in S), indexing="ij")
+    return sum((g - c) ** 2 for g, c in zip(grid, centre, strict=True)) <= radius**2
+
+
+def at(centre, *, size: float = 4.0, score: float = 0.9) -> Found:
+    return Found("nodule", score, tuple(centre), (size,) * 3, {})
+
+
+class Says:
+    """A task of findings that says the same of every case, in world mm."""
+
+    kind = "findings"
+
+    def __init__(self, *found: Found) -> None:
+        self.found = list(found)
+
+    def decode(self, outputs, geometry=None):
+        return self.found
+
+
+def two_balls() -> tuple[np.ndarray, list[np.ndarray]]:
+    """Probabilities of background and lesion, and the two lesions."""
+    balls = [ball(*one) for one in BALLS]
+    lesion = np.where(balls[0] | balls[1], 0.8, 0.1).astype(np.float32)
+    return np.stack([1 - lesion, lesion], -1), balls
+
+
+def test_what_no_finding_hits_is_background():
+    probabilities, (first, second) = two_balls()
+    probabilities.setflags(write=False)
+    tasks = {
+        "outline": Segmentation("outline", {"lesion": 1}),
+        "nodules": Says(at((5, 5, 6)), at((14, 12, 10), score=0.29)),
+    }
+    rules = confirm.rules({"outline": {"by": "nodules", "score": 0.3}}, tasks)
+    given = {"outline": probabilities, "nodules": np.zeros((*S, 7))}
+    out = confirm.confirmed(rules, tasks, given)
+    assert (tasks["outline"].decode(out["outline"]) == first).all()
+    assert (out["outline"][second] == (1, 0)).all()
+    assert (out["outline"][~second] == probabilities[~second]).all()  # nothing else is touched, to the bit
+    assert out["nodules"] is given["nodules"]
+    lower = confirm.rules({"outline": {"by": "nodules", "score": 0.29}}, tasks)
+    assert confirm.confirmed(lower, tasks, given)["outline"] is probabilities
+    assert confirm.confirmed({}, tasks, given) == given
+
+
+def test_regions_lose_all_channels():
+    _, (first, second) = two_balls()
+    whole = np.where(first | second, 0.9, 0.2)
+    core = np.where(second & ball((14, 12, 10), 2), 0.7, 0.1)
+    task = Segmentation("outline", {"rim": 1, "core": 2}, {"whole": ("rim", "core"), "core": ("core",)})
+    tasks = {"outline": task, "nodules": Says(at((5, 5, 5)))}
+    rules = confirm.rules({"outline": {"by": "nodules"}}, tasks)
+    out = confirm.confirmed(rules, tasks, {"outline": np.stack([whole, core], -1), "nodules": None})["outline"]
+    assert (out[second] == 0).all()
+    decoded = task.decode(out)
+    assert (decoded[..., 0] == first).all()
+    assert not decoded[..., 1].any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    angle=st.floats(0, 6.2),
+    steps=st.tuples(*(st.floats(0.5, 3.0),) * 3),
+    count=st.integers(0, 6),
+)
+def test_parts_that_stay_are_those_within_a_findings_radius(seed, angle, steps, count):
+    rng = np.random.default_rng(seed)
+    shape = (12, 11, 10)
+    mask = ndimage.gaussian_filter(rng.standard_normal(shape), 1.2) > 0.12
+    affine = np.eye(4)
+    c, s = math.cos(angle), math.sin(angle)
+    affine[:3, :3] = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.diag(np.multiply(steps, (-1, 1, 1)))
+    affine[:3, 3] = rng.uniform(-50, 50, 3)
+    voxels = rng.uniform(-3, 14, (count, 3))
+    found = [at(affine[:3, :3] @ v + affine[:3, 3], size=float(rng.uniform(0, 14))) for v in voxels]
+    drop = confirm.unconfirmed(mask.astype(np.uint8), found, affine)
+    # Every voxel's distance in world millimetres.
+    world = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1) @ affine[:3, :3].T + affine[:3, 3]
+    parts, n = ndimage.label(mask, np.ones((3, 3, 3)))
+    expected = np.zeros(shape, bool)
+    for part in range(1, n + 1):
+        own = world[parts == part]
+        reach = [max(one.size[0] / 2, max(steps)) for one in found]
+        near = [np.linalg.norm(own - one.center, axis=1).min() for one in found]
+        expected[parts == part] = not any(d <= r for d, r in zip(near, reach, strict=True))
+    np.testing.assert_array_equal(drop, expected)
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"outlin": {"by": "nodules"}}, ["eval.confirm.outlin", "there are: outline"]),
+        ({"nodules": {"by": "nodules"}}, ["eval.confirm.nodules", "masks"]),
+        ({"outline": {"by": "outline"}}, ["eval.confirm.outline.by='outline'", "there are: nodules"]),
+        ({"outline": {}}, ["eval.confirm.outline.by=''"]),
+        ({"outline": 0.3}, ["eval.confirm.outline", "table"]),
+        ({"outline": {"by": "nodules", "score": 30}}, ["eval.confirm.outline.score=30", "0 to 1"]),
+        ({"outline": {"by": "nodules", "scores": 0.3}}, ["no option 'scores'", "by, score"]),
+    ],
+)
+def test_a_wrong_rule_is_refused(table, words):
+    tasks = {"outline": Segmentation("outline", {"lesion": 1}), "nodules": Says()}
+    with pytest.raises(UserError) as caught:
+        confirm.rules(table, tasks)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_the_key_of_the_config():
+    config = config_lib.defaults()
+    assert dict(config.eval.confirm) == {}
+    config_lib.merge(config, {"eval": {"confirm": {"outline": {"by": "nodules", "score": 0.3}}}})
+    assert config.eval.confirm.outline.to_dict() == {"by": "nodules", "score": 0.3}
+
+
+JOB = {"spheres": {"type": "segmentation", "levels": 1}, "found": {"type": "detection", "names": ("thing",)}}
+RULE = {"spheres": {"by": "found", "score": 0.99}}
+
+
+def test_evaluation_and_prediction_confirm_alike(tmp_path: Path):
+    """Of an untrained network: half its parts go, and every program takes the same ones."""
+    rng = np.random.default_rng(0)
+    coarse = rng.normal(100, 30, (5, 5, 4)).repeat(4, 0).repeat(4, 1).repeat(4, 2)
+    scan = tmp_path / "in" / "scan.nii.gz"
+    scan.parent.mkdir()
+    affine = np.diag([-2.0, 1.5, 2.0, 1.0])
+    nib.save(nib.Nifti1Image((coarse + rng.normal(0, 3, coarse.shape)).astype(np.float32), affine), scan)
+    folder = make_run(tmp_path / "run", JOB, evaluation={"confirm": RULE})
+    run_predict(folder, scan, tmp_path / "out")
+    written = labels_of(tmp_path / "out" / "scan.nii.gz")
+
+    run = predict.Run(folder)
+    case = Case("scan", "scan", {"MRI": scan})
+    prepared = prepare_case(case, run.plan)
+    predictor = run.predictor()
+    plain = predictor(run.params, prepared.image)
+    rules = confirm.rules(RULE, run.tasks)
+    wanted = confirm.confirmed(rules, run.tasks, plain, prepared.geometry)["spheres"]
+    task = run.tasks["spheres"]
+    assert 0 < np.count_nonzero(task.decode(wanted)) < np.count_nonzero(task.decode(plain["spheres"]))
+    np.testing.assert_array_equal(written, task.decode(wanted, prepared.geometry))
+
+    # While training: the confirmed mask is what is scored.
+    known = SimpleNamespace(
+        image=prepared.image, geometry=prepared.geometry, targets={"spheres": task.decode(wanted)}, values={}
+    )
+    assert evaluate.quick_scores(predictor, run.params, [known])["spheres/dice"] == 1.0
+    # An empty table given at evaluation turns it off.
+    bare = predict.Run(folder, eval_options={"confirm": {}}).predictor()
+    np.testing.assert_array_equal(bare.case(run.params, prepared)["spheres"], plain["spheres"])
