@@ -145,38 +145,40 @@ def test_the_key_of_the_config():
     assert config.eval.confirm.outline.to_dict() == {"by": "nodules", "score": 0.3}
 
 
-JOB = {"spheres": {"type": "segmentation", "levels": 1}, "found": {"type": "detection", "names": ("thing",)}}
-RULE = {"spheres": {"by": "found", "score": 0.99}}
+JOB = {"outline": {"type": "segmentation", "levels": 1}, "nodules": {"type": "detection", "names": ("nodule",)}}
+RULE = {"outline": {"by": "nodules", "score": 0.3}}
 
 
-def test_evaluation_and_prediction_confirm_alike(tmp_path: Path):
-    """Of an untrained network: half its parts go, and every program takes the same ones."""
-    rng = np.random.default_rng(0)
-    coarse = rng.normal(100, 30, (5, 5, 4)).repeat(4, 0).repeat(4, 1).repeat(4, 2)
+def said(self, params, image) -> dict[str, np.ndarray]:
+    """Two lesions, of which one is found: what a network might say on the prepared grid."""
+    probabilities, _ = two_balls()
+    heat = np.zeros((*S, 7), np.float32)
+    heat[(*BALLS[0][0], 0)], heat[(*BALLS[1][0], 0)] = 0.9, 0.2
+    heat[..., 4:] = 6.0  # mm
+    return {"outline": probabilities, "nodules": heat}
+
+
+def test_evaluation_and_prediction_confirm_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(predict.Predictor, "__call__", said)
+    first, second = (ball(*one) for one in BALLS)
     scan = tmp_path / "in" / "scan.nii.gz"
     scan.parent.mkdir()
-    affine = np.diag([-2.0, 1.5, 2.0, 1.0])
-    nib.save(nib.Nifti1Image((coarse + rng.normal(0, 3, coarse.shape)).astype(np.float32), affine), scan)
-    folder = make_run(tmp_path / "run", JOB, evaluation={"confirm": RULE})
+    affine = np.diag([-2.0, 2.0, 2.0, 1.0])  # from right to left: prepared the other way round
+    image = np.random.default_rng(0).normal(100, 30, S).astype(np.float32)
+    nib.save(nib.Nifti1Image(image, affine), scan)
+    folder = make_run(tmp_path / "run", JOB, labels={"lesion": 1}, evaluation={"confirm": RULE})
     run_predict(folder, scan, tmp_path / "out")
-    written = labels_of(tmp_path / "out" / "scan.nii.gz")
+    np.testing.assert_array_equal(labels_of(tmp_path / "out" / "scan.nii.gz")[::-1], first)
 
+    # While training, the confirmed mask is what is scored.
     run = predict.Run(folder)
-    case = Case("scan", "scan", {"MRI": scan})
-    prepared = prepare_case(case, run.plan)
-    predictor = run.predictor()
-    plain = predictor(run.params, prepared.image)
-    rules = confirm.rules(RULE, run.tasks)
-    wanted = confirm.confirmed(rules, run.tasks, plain, prepared.geometry)["spheres"]
-    task = run.tasks["spheres"]
-    assert 0 < np.count_nonzero(task.decode(wanted)) < np.count_nonzero(task.decode(plain["spheres"]))
-    np.testing.assert_array_equal(written, task.decode(wanted, prepared.geometry))
-
-    # While training: the confirmed mask is what is scored.
+    prepared = prepare_case(Case("scan", "scan", {"MRI": scan}), run.plan)
     known = SimpleNamespace(
-        image=prepared.image, geometry=prepared.geometry, targets={"spheres": task.decode(wanted)}, values={}
+        image=prepared.image, geometry=prepared.geometry, targets={"outline": first.astype(np.uint8)}, values={}
     )
-    assert evaluate.quick_scores(predictor, run.params, [known])["spheres/dice"] == 1.0
-    # An empty table given at evaluation turns it off.
-    bare = predict.Run(folder, eval_options={"confirm": {}}).predictor()
-    np.testing.assert_array_equal(bare.case(run.params, prepared)["spheres"], plain["spheres"])
+    assert evaluate.quick_scores(run.predictor(), run.params, [known])["outline/dice"] == 1.0
+    # An empty table given at evaluation turns it off, another score rules.
+    for table, mask in (({}, first | second), ({"outline": {"by": "nodules", "score": 0.1}}, first | second)):
+        other = predict.Run(folder, eval_options={"confirm": table})
+        outline = other.predictor().case(other.params, prepared)["outline"]
+        np.testing.assert_array_equal(other.tasks["outline"].decode(outline) > 0, mask)
