@@ -3,8 +3,8 @@
 Data: 36 synthetic brains (24 train, 6 validation, 6 test; about 2 mm), written on first use as NIfTI files under the
 cache folder. Labels: CSF, grey matter, white matter, oedema, tumour core, enhancing rim.
 
-Score: mean test Dice 0.90 over the tissues, 0.81 over the tumour regions. Cost: 8 minutes in all on 2 CPU cores,
-nothing cached; 2.4 GB. See docs/benchmarks.md.
+Score: mean test Dice 0.90 over the tissues, 0.83 over the tumour regions. Cost: 6 to 8 minutes in all on 2 CPU
+cores, nothing cached; 2.7 GB. See docs/benchmarks.md.
 
 Arguments: `debug` (a few small brains, a few steps; about a minute).
 """

@@ -37,6 +37,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from medjax.errors import UserError
+from medjax.ops.native.build import cache_root
 from medjax.ops.native.cpus import usable_cpus
 
 MODALITIES = ("T1", "T1c", "T2", "FLAIR")
@@ -171,8 +172,8 @@ def brain_cohort(
     build that was killed is never mistaken for a cohort.
 
     Args:
-        folder: where cohorts are kept; None means the environment variable MEDJAX_CACHE, else ~/.cache/medjax. The
-            cohort is a subfolder whose name tells the generator's version and a hash of the parameters.
+        folder: where cohorts are kept; None means the user's cache (`medjax.ops.native.build.cache_root`). The cohort
+            is a subfolder whose name tells the generator's version and a hash of the parameters.
         n_train, n_val, n_test: cases in each split.
         seed: source of all randomness; each case draws from its own stream (seed, case number).
         workers: processes that generate; None means one for each CPU this process may use. Results do not depend on it.
@@ -240,7 +241,7 @@ def make_cohort(
         workers, progress: see `brain_cohort`.
     """
     digest = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:10]
-    cache = Path(folder or os.environ.get("MEDJAX_CACHE") or Path.home() / ".cache" / "medjax").expanduser()
+    cache = Path(folder).expanduser() if folder else cache_root()
     target = cache / f"{name}-v{parameters['version']}-{digest}"
     if target.exists():
         _check_complete(target, files)
