@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
@@ -326,3 +327,29 @@ def test_arrays_of_every_size_can_be_had() -> None:
         assert array.shape == shape
         assert array.dtype == dtype
         array[...] = 1
+
+
+_LEFT_OPEN = """
+import sys
+sys.path[:0] = [{tests!r}]
+if {threads}:
+    sys.modules["tensorflow"] = None
+from types import SimpleNamespace
+import numpy as np
+from medjax.data.pipeline import Source, train_batches
+from medjax.data.sampler import Sampler
+
+case = SimpleNamespace(image=np.zeros((40, 40, 40, 4), np.float32), targets={{"a": np.ones((40, 40, 40), np.uint8)}},
+                       geometry=SimpleNamespace(spacing=(1.0, 1.0, 1.0)), present=(True,) * 4)
+batches = train_batches(Source([case], ("a",)), Sampler(0, 1, 0.5), patch=(32, 32, 32), batch_size=4)
+for _ in range(5):
+    next(batches)
+print("read", flush=True)
+"""
+
+
+@pytest.mark.parametrize("threads", [False, True])
+def test_a_program_that_leaves_batches_unread_ends(threads: bool) -> None:
+    program = _LEFT_OPEN.format(threads=threads, tests=os.path.dirname(__file__))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "read\n", "")

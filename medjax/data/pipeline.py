@@ -6,11 +6,14 @@ Rows are `sampler.Sampler` examples: the pipeline can start at any step and give
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import itertools
 import math
 import os
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -325,7 +328,11 @@ def _run(
                 if value is not out[key]:
                     out[key][...] = value
 
-        for _ in pool.map(fill, range(local)):
+        try:
+            filled: Iterator[None] = pool.map(fill, range(local))
+        except RuntimeError:  # the program ends, and nobody will see this batch
+            filled = map(fill, range(local))
+        for _ in filled:
             pass
         return made
 
@@ -336,7 +343,7 @@ def _run(
     try:
         import tensorflow as tf
     except ImportError:
-        return _threads(batch, steps, pool)
+        return _closed_at_exit(_threads(batch, steps, pool))
 
     tf.config.set_visible_devices([], "GPU")  # the accelerator belongs to JAX
     keys = list(examples[0])
@@ -370,20 +377,34 @@ def _run(
     options.deterministic = True
     options.autotune.enabled = False
 
-    failure = tf.errors.OpError  # when the interpreter ends, modules go before suspended generators do
-
-    def batches() -> Iterator[Row]:
+    def batches() -> Generator[Row, None, None]:
         try:
             yield from data.with_options(options).as_numpy_iterator()
-        except failure:
+        except tf.errors.OpError:
             if failed:  # what went wrong, rather than TensorFlow's account of it
                 raise failed[0] from None
             raise
 
-    return batches()
+    return _closed_at_exit(batches())
 
 
-def _threads(batch: Callable[[int], Row], steps: int | None, pool: ThreadPoolExecutor) -> Iterator[Row]:
+_open: weakref.WeakSet[Generator[Row, None, None]] = weakref.WeakSet()
+
+
+def _closed_at_exit(batches: Generator[Row, None, None]) -> Iterator[Row]:
+    """The same iterator: one still open when the program ends would wait for threads that cannot run any more."""
+    _open.add(batches)
+    return batches
+
+
+@atexit.register
+def _close_all() -> None:
+    for batches in list(_open):
+        with contextlib.suppress(ValueError):  # a thread is in it
+            batches.close()
+
+
+def _threads(batch: Callable[[int], Row], steps: int | None, pool: ThreadPoolExecutor) -> Generator[Row, None, None]:
     """The batches of `_run` where TensorFlow is not installed."""
     ahead: deque[Any] = deque()
     todo = iter(itertools.count() if steps is None else range(steps))
