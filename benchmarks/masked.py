@@ -185,7 +185,8 @@ def _torch(case: str, dtype: str, ratio: float, variant: str) -> Setup:
                 firsts = zip((channels, *features[1:]), features, strict=True)
                 self.convs = nn.ModuleList([nn.ModuleList([conv(c, f), conv(f, f)]) for c, f in firsts])
                 self.norms = nn.ModuleList([nn.ModuleList([Norm(f), Norm(f)]) for f in features])
-                self.tokens = nn.ParameterList([0.02 * torch.randn(f, 1, 1, 1) for f in features])
+                # Of rank 5, which `channels_last_3d` wants of every parameter that is no vector.
+                self.tokens = nn.ParameterList([0.02 * torch.randn(1, f, 1, 1, 1) for f in features])
                 self.up = nn.ModuleList([nn.ConvTranspose3d(f, c, 2, 2) for c, f in pairs[1:]])
                 self.decoder = nn.ModuleList([nn.Sequential(dense(2 * c, c), dense(c, c)) for c, _ in pairs[1:]])
                 self.head = nn.Conv3d(features[0], channels, 1)
