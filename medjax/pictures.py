@@ -152,10 +152,7 @@ def curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, t
             axes.set_ylim(0, 1)
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8, framealpha=0.85)
-    if title:
-        figure.suptitle(title, fontsize=12)
-    figure.set_layout_engine("tight")
-    _save(figure, path)
+    _finish(figure, path, title)
 
 
 def comparison(
@@ -201,10 +198,7 @@ def comparison(
         axes.set_ylabel("mean")
         axes.margins(x=0.25, y=0.15)
         axes.grid(alpha=0.25)
-    if title:
-        figure.suptitle(title, fontsize=12)
-    figure.set_layout_engine("tight")
-    _save(figure, path)
+    _finish(figure, path, title)
 
 
 def agreement(
@@ -239,10 +233,7 @@ def agreement(
         axes.grid(alpha=0.25)
         axes.margins(y=0.25)
         axes.legend(fontsize=7, framealpha=0.85)
-    if title:
-        figure.suptitle(title, fontsize=12)
-    figure.set_layout_engine("tight")
-    _save(figure, path)
+    _finish(figure, path, title)
 
 
 def lines(
@@ -441,6 +432,14 @@ def _figure(width: float, height: float, face: str = _BACK) -> Figure:
     figure = Figure(figsize=(width, height), dpi=100, facecolor=face)
     FigureCanvasAgg(figure)
     return figure
+
+
+def _finish(figure: Figure, path: str | os.PathLike[str], title: str) -> None:
+    """Writes panels on white, with the title above them all."""
+    if title:
+        figure.suptitle(title, fontsize=12)
+    figure.set_layout_engine("tight")
+    _save(figure, path)
 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:

@@ -23,3 +23,20 @@ def data_root() -> Path:
     if not (root / "hippocampus" / "dataset.json").exists():
         pytest.skip(f"no real volumes at {root}: set MEDJAX_DATA to the folder that holds hippocampus/")
     return root
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipe of `tiny.py`; its cohort lies beside it."""
+    from tiny import write_cohort, write_recipe
+
+    folder = tmp_path_factory.mktemp("tiny")
+    return write_recipe(folder / "tiny.py", write_cohort(folder / "cohort"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of an untrained network, to begin from."""
+    from untrained import make_run
+
+    return make_run(tmp_path_factory.mktemp("base") / "run", seed=3)

@@ -13,7 +13,6 @@ from typing import Any
 import layouts
 import pytest
 import test_train as training
-from tiny import write_cohort, write_recipe
 
 from medjax import processes
 from medjax.checkpoint import Checkpoints
@@ -169,12 +168,6 @@ time.sleep(90)
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    return write_recipe(folder / "tiny.py", write_cohort(folder / "cohort"))
 
 
 def call(recipe: Path, workdir: Path, total: int = 12, *overrides: str) -> list[list[str]]:

@@ -15,17 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_train as training
-from tiny import write_cohort, write_recipe
 
 from medjax import checkpoint, faults, main, parallel, report
 from medjax.data import pipeline
 from medjax.errors import RESUMABLE, Resumable, UserError, run_program
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    return write_recipe(folder / "tiny.py", write_cohort(folder / "cohort"))
 
 
 def run(recipe: Path, workdir: Path, *overrides: str) -> None:

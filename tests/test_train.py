@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
-from tiny import write_cohort, write_recipe
 
 from medjax import config as config_lib
 from medjax import job as job_lib
@@ -28,12 +27,6 @@ from medjax.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
 LABELS = {"shell": 1, "core": 2}
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    return write_recipe(folder / "tiny.py", write_cohort(folder / "cohort"))
 
 
 @pytest.fixture(scope="module")
