@@ -139,4 +139,9 @@ def build(config: ConfigDict, tasks: Mapping[str, Any], rate: Callable, cuts: in
             f"config: optim.balance 'gradnorm' compares tasks in the features they share, and '{apart[0]}' makes a "
             "pass of its own; use 'uncertainty' or 'fixed'"
         )
+    if optim.balance == "gradnorm" and config.semi.method and len(tasks) > 1:
+        raise UserError(
+            f"config: optim.balance 'gradnorm' compares the gradients of the tasks' losses, and semi.method="
+            f"'{config.semi.method}' adds one of its own to them; use 'uncertainty' or 'fixed'"
+        )
     return kinds[optim.balance if len(tasks) > 1 else "fixed"]()

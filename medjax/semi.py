@@ -208,6 +208,8 @@ class Semi:
                 root = jax.random.fold_in(jax.random.key(self._seed), number)
                 keys = jax.vmap(lambda e: jax.random.key_data(jax.random.fold_in(root, e)))(batch["example"])
                 noise = jnp.clip(normal.normal(keys, image[0].size), -2.0, 2.0).reshape(image.shape)
+                # What an example lacks stays as it is, as in every view of the student.
+                noise = jnp.where(batch["modality"][:, None, None, None], noise, 0.0)
                 seen = image + (self._config.noise * noise).astype(image.dtype)
             # Several passes differ in their dropout too: Monte Carlo.
             outputs = forward(params, seen, jax.random.fold_in(key, number), train=passes > 1)
@@ -236,5 +238,8 @@ def check(c: Mapping[str, Any]) -> None:
 
 
 def average_decay(config: ConfigDict) -> float:
-    """Decay of the average that is kept of the parameters; 0: none is."""
-    return float(config.semi.ema if config.semi.method == "mean_teacher" else config.optim.ema)
+    """Decay of the average that is kept of the parameters; 0: none is. UserError unless it is from 0 to 1."""
+    key = "semi" if config.semi.method == "mean_teacher" else "optim"
+    if not 0 <= config[key].ema <= 1:
+        raise UserError(f"config: {key}.ema={config[key].ema}: needs a number from 0 to 1")
+    return float(config[key].ema)

@@ -159,6 +159,10 @@ def shardings(abstract: State) -> State:
     return jax.tree.map(lambda s: s.sharding, abstract)
 
 
+def _norm(gradients: Any) -> Any:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradients)))
+
+
 def ruled(config: ConfigDict) -> bool:
     """Whether `config.mesh_rules` may split a parameter over another axis than fsdp."""
     return any(place not in ("fsdp", "replicate") for _, place in config.mesh_rules)
@@ -291,8 +295,10 @@ def make_train_step(
             twin = (jax.tree.map(jnp.add, twin[0], change), moments)
         if semi:
             values["semi/ramp"] = semi.ramp(state.step)
-        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+        norm = _norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
+        if twin is not None:  # which learns from a gradient of its own
+            finite &= jnp.isfinite(_norm(second))
         changed = {"params": params, "opt_state": opt_state, "average": average, "balance": weighed, "twin": twin}
         made = state.replace(**changed)  # type: ignore[attr-defined]
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), made, state)

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from test_train import a_batch, load, make, plain, state_bytes
-from tiny import write_cohort, write_recipe
 
 from medjax import balance, main, optim, parallel
 from medjax import job as job_lib
@@ -22,13 +22,6 @@ from medjax.checkpoint import Checkpoints
 from medjax.errors import UserError
 from medjax.losses import weighting
 from medjax.models.model import tap
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    return write_recipe(folder / "tiny.py", write_cohort(folder / "cohort"))
-
 
 # --------------------------------------------------------------------------------------------------------------- SWA
 
@@ -149,7 +142,7 @@ def by_hand(config: Any, batch: dict[str, np.ndarray]) -> tuple[list[float], lis
             return jnp.where(mask, task.loss(outputs, batch), 0.0).sum() / mask.sum()
 
         value, slope = jax.value_and_grad(loss)(features)
-        found.append((float(value), float(weighting.gradient_norm(slope))))
+        found.append((float(value), float(optax.global_norm(slope))))
     values, norms = zip(*found, strict=True)
     return list(values), list(norms)
 
@@ -200,4 +193,11 @@ def test_gradnorm_refuses_a_task_with_a_pass_of_its_own(recipe: Path) -> None:
     config = plain(recipe, "optim.balance=gradnorm", "optim.ema=0.0")
     kinds = {"a": SimpleNamespace(kind="dense", weight=1.0), "b": SimpleNamespace(kind="pretext", weight=1.0)}
     with pytest.raises(UserError, match="'b' makes a pass of its own"):
+        balance.build(config, kinds, lambda _: 0.1)
+
+
+def test_gradnorm_refuses_gradients_that_are_of_no_task(recipe: Path) -> None:
+    kinds = {name: SimpleNamespace(kind="dense", weight=1.0) for name in "ab"}
+    config = plain(recipe, "optim.balance=gradnorm", "semi.method=fixmatch")
+    with pytest.raises(UserError, match="semi.method='fixmatch' adds one of its own"):
         balance.build(config, kinds, lambda _: 0.1)

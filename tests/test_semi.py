@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_train import a_batch, close, load, make, plain, state_bytes
-from tiny import write_cohort, write_recipe
 
 from medjax import main, optim, parallel, select, semi, train
 from medjax import tasks as tasks_lib
@@ -21,13 +20,6 @@ from medjax.data import dataset, pipeline
 from medjax.data.cases import Case
 from medjax.data.sampler import Sampler
 from medjax.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    return write_recipe(folder / "tiny.py", write_cohort(folder / "cohort"))
-
 
 # --- what is compared ----------------------------------------------------------------------------------------------
 
@@ -158,6 +150,25 @@ def test_the_mean_of_several_passes_teaches(recipe: Path) -> None:
     assert not same(before.params, after.params)
 
 
+def test_the_teachers_noise_leaves_absent_modalities_alone(recipe: Path) -> None:
+    config = load(recipe, "semi.method=mean_teacher", "semi.rampup=0 steps")
+    built = tasks_lib.build({"age": {"type": "regression"}}, {})
+    learner, seen = semi.Semi(config, built, 0, [()]), []
+
+    def forward(_: Any, image: Any, key: Any, train: bool) -> dict[str, Any]:
+        seen.append(np.asarray(image))
+        return {"age": [jnp.zeros((2, 1))]}
+
+    batch = {"semi/image": jnp.zeros((2, 6, 6, 6, 2)), "example": jnp.arange(2), "semi/age": jnp.ones(2, bool)}
+    batch["modality"] = jnp.asarray([[True, False], [True, True]])
+    learner.loss(forward, {"age": [jnp.ones((2, 1))]}, None, batch, {"semi/age": 0.5}, jax.random.key(0), 0)
+    assert not seen[0][0, ..., 1].any()
+    for row, channel in ((0, 0), (1, 0), (1, 1)):
+        noise = seen[0][row, ..., channel]
+        assert 0.07 < noise.std() < 0.11  # 0.1, cut at 0.2
+        assert np.abs(noise).max() <= 0.2 + 1e-6
+
+
 def test_fixmatch_asks_for_what_is_confident(recipe: Path) -> None:
     (before, after), sums = steps(unlabelled(recipe, "fixmatch", "semi.threshold=1.0"), none())
     assert sums["loss"] == 0
@@ -183,6 +194,22 @@ def test_two_networks_teach_each_other(recipe: Path) -> None:
     close(after.params, states[2].twin[0], rtol=1e-5, atol=1e-7)
     close(after.twin[0], states[2].params, rtol=1e-5, atol=1e-7)
     assert float(again["loss"]) == pytest.approx(sums["loss"], rel=1e-5)
+
+
+def test_a_second_network_that_overflows_is_not_updated(recipe: Path) -> None:
+    config = unlabelled(recipe, "cps", "semi.weight=0.0")
+    step, create, mesh = make(config)
+    state = jax.device_get(jax.jit(create)())
+    wild = jax.tree.map(np.copy, state.twin[0])
+    # A finite loss, and a gradient whose norm is beyond float32.
+    wild["heads_spheres"]["level0"]["kernel"] *= np.float32(1e25)
+    before = state.replace(twin=(wild, state.twin[1]))
+    after, sums = jax.device_get(step(jax.device_put(before), parallel.put_batch(half(), mesh)))
+    assert np.isfinite(sums["loss"])
+    assert np.isfinite(sums["grad_norm"])
+    assert sums["skipped"]
+    assert same(after.twin[0], wild)
+    assert same(after.params, before.params)
 
 
 def test_rounds_leave_the_step_as_it_is(recipe: Path) -> None:
@@ -233,7 +260,7 @@ def test_a_class_and_a_number_of_a_case_are_compared_too(recipe: Path) -> None:
     )
     learner = semi.Semi(config, built, 0, [()])
     assert learner.masks == ("semi/grade", "semi/age")  # boxes cannot be compared one by one
-    batch = {"semi/image": jnp.zeros((2, 1, 1, 1, 1)), "example": jnp.arange(2)}
+    batch = {"semi/image": jnp.zeros((2, 1, 1, 1, 1)), "example": jnp.arange(2), "modality": jnp.ones((2, 1), bool)}
     batch |= {key: jnp.asarray([True, False]) for key in learner.masks}
     own = {"grade": [jnp.asarray([[0.0, 2.0], [5.0, 5.0]])], "age": [jnp.asarray([[1.0], [9.0]])]}
     taught = {"grade": [jnp.asarray([[0.0, 0.0], [0.0, 0.0]])], "age": [jnp.asarray([[3.0], [0.0]])]}
@@ -362,6 +389,8 @@ def test_the_average_keeps_its_decay_elsewhere(recipe: Path) -> None:
     assert semi.average_decay(load(recipe)) == 0.9
     assert semi.average_decay(load(recipe, "semi.method=fixmatch")) == 0.9
     assert semi.average_decay(load(recipe, "semi.method=mean_teacher")) == 0.99
+    with pytest.raises(UserError, match=r"optim.ema=-0.5: needs a number from 0 to 1"):
+        semi.average_decay(load(recipe, "optim.ema=-0.5"))
     assert float(optim.ema(jnp.ones(()), jnp.zeros(()), 0.99, 10**6)) == pytest.approx(0.99)
 
 

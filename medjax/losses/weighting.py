@@ -4,11 +4,10 @@ Multi-task weighting. `losses` and `weights` are `[T]`, one entry a task in a fi
 whether the batch has an example with that task's label. A task that is not present adds nothing and changes nothing.
 
 * fixed: `weights @ losses`; nothing is learnt.
-* uncertainty: T numbers are trained beside the network's parameters by the same optimizer (no weight decay), with the
-  gradient of `uncertainty_total`.
-* GradNorm: `GradNormState` is carried from step to step beside the optimizer's state. The step needs each task's
-  gradient with respect to a set of shared parameters (the backbone's last layer, as in the paper), their norms go
-  into `gradnorm_update`, and the next step's total is `state.weights @ losses`.
+* uncertainty: T numbers are trained beside the network's parameters with the gradient of `uncertainty_total`.
+* GradNorm: `GradNormState` is carried from step to step beside the optimizer's state. The norms of the tasks' gradients
+  in something that all share (`medjax.balance` says in what) go into `gradnorm_update`, and the next step's total is
+  `state.weights @ losses`.
 """
 
 from __future__ import annotations
@@ -103,7 +102,7 @@ def gradnorm_update(
     weights are scaled to sum T.
 
     Args:
-        losses: `[T]`, unweighted. norms: `[T]`, of the gradients of the unweighted losses in the shared parameters.
+        losses: `[T]`, unweighted. norms: `[T]`, of the gradients of the unweighted losses in what the tasks share.
         present: bool `[T]`; the weights of tasks that are not stay as they are, but for the scaling.
         alpha: How strongly slower tasks are pulled up. rate: Of the descent. least: Bound below each weight.
     """
@@ -119,9 +118,3 @@ def gradnorm_update(
     slope /= jnp.maximum(jnp.where(usable, norms, 0.0).sum() / count, 1e-12)
     weights = jnp.maximum(state.weights - rate * slope, least)
     return GradNormState(weights * len(weights) / weights.sum(), first)
-
-
-def gradient_norm(gradients: Any) -> Array:
-    """Euclidean norm of a tree of gradients, float32."""
-    leaves = jax.tree.leaves(gradients)
-    return jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in leaves))
