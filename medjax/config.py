@@ -106,7 +106,7 @@ def defaults() -> ConfigDict:
             "which": "best",  # of a run's checkpoints, or 'latest'
             "rules": (),  # ((regex, replacement), ...): names there -> names here, '' leaves out; the first that fits
             "skip": (),  # regexes of parameters here that begin at random all the same
-            "channels": "",  # where modalities differ: 'average', or 'names'; empty: an error
+            "channels": "",  # where modalities differ: 'average', or 'names'; empty: an error if their number does
             "kernels": "",  # where kernels are larger here: 'trilinear' (UpKern); empty: an error
             "positions": "trilinear",  # where a transformer's grid differs; empty: an error
         }

@@ -125,6 +125,8 @@ def divide(config: ConfigDict, shapes: Mapping[str, tuple[int, ...]]) -> Divisio
         raise UserError(f"config: peft.type '{peft.type}' is not known; known: {', '.join(filter(None, TYPES))}")
     if peft.rank < 1 or peft.tokens < 1:
         raise UserError(f"config: peft.rank ({peft.rank}) and peft.tokens ({peft.tokens}) must be at least 1")
+    if not peft.alpha > 0:
+        raise UserError(f"config: peft.alpha={peft.alpha} must be above 0: a change that counts nothing learns nothing")
     whole = Division(peft.type, dict(shapes), frozenset(shapes))
     if peft.type:
         kernels = _kernels(peft, shapes) if peft.type == "lora" else []
@@ -294,6 +296,13 @@ def by_depth(
             f"config: optim.unfreeze needs one duration an encoder stage, from the image on: {number} of model.name="
             f"'{config.model.name}', not {len(begins)}"
         )
+    total = duration(config.train.total, "train.total")
+    for key, last in (("decoder_first", first), ("unfreeze", max(begins))):
+        if last >= total > 0:
+            raise UserError(
+                f"config: optim.{key}: {last} steps of standing still in a run of {total} (train.total): an encoder "
+                "stage would never learn; shorten it, or freeze the stage by optim.rules"
+            )
 
     def factor(place: stages.Place) -> float:
         return decay ** (number - place.stage) if place.part == "encoder" else 1.0

@@ -368,8 +368,10 @@ def _fit(
     how = []
     axis = target.stems.get(path)
     if axis is not None and array.ndim == len(shape):
-        named = rules["channels"] == "names" and source.modalities != target.modalities
-        if array.shape[axis] != shape[axis] or named:
+        # Of names that are not known only the number can be told; a rule by names then says so.
+        known = bool(source.modalities) or rules["channels"] == "names"
+        others = rules["channels"] and known and source.modalities != target.modalities
+        if array.shape[axis] != shape[axis] or others:
             if not rules["channels"]:
                 rule = "init.channels='average' or 'names' says how the modalities become others"
                 return None, f" ({array.shape[axis]} channel(s) there, {shape[axis]} here: {rule})"

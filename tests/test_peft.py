@@ -15,18 +15,17 @@ import numpy as np
 import optax
 import pytest
 from test_train import a_batch, load, make, state_bytes
-from tiny import write_cohort, write_recipe
 from untrained import make_run
 
 from medjax import config as config_lib
 from medjax import job as job_lib
-from medjax import main, models, optim, parallel, peft, predict, report, transfer
+from medjax import main, models, optim, parallel, peft, predict, report, tasks, transfer
 from medjax.checkpoint import Checkpoints
 from medjax.errors import UserError
 from medjax.models.adapters import Insert
 from medjax.models.attention import TransformerBlock
 from medjax.models.layers import Conv3D
-from medjax.models.model import Model
+from medjax.models.model import Model, build_model
 from medjax.models.vit import ViT
 from medjax.ops.conv3d import conv3d
 
@@ -112,6 +111,7 @@ def test_a_kernel_smaller_than_its_factors_trains_in_full() -> None:
         ({"peft__type": "lora", "peft__targets": (".*/norm/scale",)}, "matches no kernel of a dense or convolutional"),
         ({"peft__type": "lora", "peft__targets": ("(",)}, "is no regular expression"),
         ({"peft__type": "lora", "peft__rank": 0}, "must be at least 1"),
+        ({"peft__type": "lora", "peft__alpha": 0.0}, "peft.alpha=0.0 must be above 0"),
         ({"peft__type": "probe", "peft__train": ("head",)}, "peft.train 'head' matches no parameter"),
         ({"peft__type": "prompt"}, "finds nothing to train"),
     ],
@@ -213,18 +213,16 @@ def test_prompts_and_adapters_that_find_no_block() -> None:
         jax.eval_shape(Model(unet, {}, Insert("adapter", 3, ("backbone/stage.*",))).init, jax.random.key(0), x)
 
 
+def test_nothing_is_inserted_where_it_would_not_train() -> None:
+    """A self-supervised task's own pass goes past adapters and prompts."""
+    config = settings(peft__type="adapter", model__name="unet")
+    both = tasks.build({"mae": {"type": "masked"}, "organ": {"type": "segmentation"}}, {"organ": 1})
+    with pytest.raises(UserError, match="peft.type 'adapter': task 'mae' is self-supervised"):
+        build_model(config, both)
+    build_model(settings(peft__type="lora", model__name="unet"), both)
+
+
 # --- training --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    return write_recipe(folder / "tiny.py", write_cohort(folder / "cohort"))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("base") / "run", seed=3)
 
 
 def test_only_what_trains_changes_and_has_moments(recipe: Path) -> None:
@@ -504,6 +502,8 @@ def test_what_has_not_begun_does_not_count_in_the_clipped_norm() -> None:
         ({"optim__layer_decay": 0.0}, "optim.layer_decay=0.0 must be in"),
         ({"optim__unfreeze": ("1 steps",)}, "one duration an encoder stage, from the image on: 2"),
         ({"optim__decoder_first": "soon"}, "'optim.decoder_first' is 'soon'"),
+        ({"optim__decoder_first": "1000 steps"}, "optim.decoder_first: 1000 steps of standing still in a run of 1000"),
+        ({"optim__unfreeze": ("2000 steps", "0 steps")}, "optim.unfreeze: 2000 steps of standing still"),
         ({"optim__layer_decay": 0.5, "model__name": "mlp"}, "the depth of the stages of model.name 'mlp' is not known"),
     ],
 )

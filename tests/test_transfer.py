@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import scipy.ndimage
 from test_train import load, state_bytes
-from tiny import write_cohort, write_recipe
-from untrained import make_run
 
 from medjax import config as config_lib
 from medjax import convert, main, models, peft, transfer
@@ -150,6 +148,19 @@ def test_averaged_stem_keeps_the_response_to_equal_channels() -> None:
     assert "channels averaged" in done.reshaped[STEM]
 
 
+def test_other_modalities_are_averaged_though_as_many() -> None:
+    there = source()
+    done = transfer.match(there, target(modalities=("CT", "PET")), rules(channels="average"))
+    want = np.repeat(there.params[STEM].sum(3, keepdims=True) / 2, 2, axis=3)
+    np.testing.assert_allclose(done.params[STEM], want, rtol=1e-6)
+    # Modalities that are the same, or not known, are taken as they are.
+    for names in (("T1", "T2"), ()):
+        there = source(modalities=names)
+        done = transfer.match(there, target(), rules(channels="average"))
+        np.testing.assert_array_equal(done.params[STEM], there.params[STEM])
+        assert not done.reshaped
+
+
 def test_named_channels_keep_their_weights_and_new_ones_begin_at_zero() -> None:
     three = {**SHAPES, STEM: (3, 3, 3, 3, 4)}
     there = source()
@@ -207,17 +218,6 @@ def test_positions_are_interpolated_as_the_network_does(grid: tuple[int, int, in
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    return write_recipe(folder / "tiny.py", write_cohort(folder / "cohort"))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("base") / "run", seed=3)
 
 
 def test_every_kind_of_source_gives_the_same(base: Path, tmp_path: Path) -> None:

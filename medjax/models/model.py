@@ -103,7 +103,14 @@ def build_model(config: Mapping[str, Any], tasks: Mapping[str, Any]) -> Model:
     if precision not in DTYPES:
         raise UserError(f"config: train.precision '{precision}' is not known; known: {', '.join(DTYPES)}")
     heads = {name: task.head() for name, task in tasks.items()}
-    return Model(models.build(config["model"], DTYPES[precision]), heads, insert(config.get("peft")))
+    inserted = insert(config.get("peft"))
+    for name, head in heads.items():
+        if inserted and isinstance(head, PretextHead):
+            raise UserError(
+                f"config: peft.type '{inserted.kind}': task '{name}' is self-supervised and makes a pass of its own, "
+                "in which nothing is inserted, so it would not train them; use 'lora', 'bitfit' or 'norm'"
+            )
+    return Model(models.build(config["model"], DTYPES[precision]), heads, inserted)
 
 
 def check_heads(model: Model, channels: int) -> None:
