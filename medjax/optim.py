@@ -54,8 +54,11 @@ def build(
         change; until then it has neither gradient nor moments. Both have the parameters of `params` at least.
 
     Raises:
-      UserError: a parameter no rule covers, a rule that matches nothing, an unknown name.
+      UserError: a parameter no rule covers, a rule that matches nothing, an unknown name, a number out of its range.
     """
+    for key in ("lr", "weight_decay", "clip"):
+        if not config[key] >= 0:
+            raise UserError(f"config: optim.{key}={config[key]}: needs 0 or more")
     lr = schedule(config, total, warmup)
     if config["name"] == "sgd":
         core = optax.trace(decay=config["momentum"], nesterov=True)

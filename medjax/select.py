@@ -312,8 +312,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_table(table, output)
     say(f"{'rank':>4}  {'entropy':>8}  {'disagreement':>12}  {'distance':>8}  case")
     for row in table[:count]:
-        said = (f"{row[key]:{width}.3f}" for key, width in (("entropy", 8), ("disagreement", 12), ("distance", 8)))
-        say(f"{row['rank']:4}  {'  '.join(said)}  {row['case']}".replace("nan", "  -"))
+        numbers = (("entropy", 8), ("disagreement", 12), ("distance", 8))
+        said = (f"{row[key]:{width}.3f}".replace("nan", "  -") for key, width in numbers)
+        say(f"{row['rank']:4}  {'  '.join(said)}  {row['case']}")
     say(
         f"{count} of {len(kept)} cases chosen, {len(labelled)} have labels; all ranked in {output} (step {run.step}, "
         f"{run.kind} checkpoint of {args.run})"

@@ -47,7 +47,7 @@ def test_info_nce_by_hand() -> None:
 def test_vicreg_by_hand() -> None:
     a, b = RNG.normal(size=(2, 6, 4))
     real = np.array([True] * 5 + [False])
-    loss, _ = losses.vicreg(jnp.asarray(a), jnp.asarray(b), jnp.asarray(real), (25.0, 25.0, 1.0))
+    loss = losses.vicreg(jnp.asarray(a), jnp.asarray(b), jnp.asarray(real), (25.0, 25.0, 1.0))
     wanted = 25 * np.square(a - b).mean(1)
     for x in (a[:5], b[:5]):
         covariance = np.cov(x.T)
@@ -55,7 +55,7 @@ def test_vicreg_by_hand() -> None:
         wanted = wanted + np.square(covariance - np.diag(np.diag(covariance))).sum() / 4
     np.testing.assert_allclose(loss[:5], wanted[:5], rtol=1e-4)
     # Constant vectors are equal, and no answer: the variance says so.
-    still, _ = losses.vicreg(jnp.ones((6, 4)), jnp.ones((6, 4)), jnp.ones(6, bool))
+    still = losses.vicreg(jnp.ones((6, 4)), jnp.ones((6, 4)), jnp.ones(6, bool))
     assert float(still[0]) == pytest.approx(25 * (1 - 0.01), rel=1e-4)
 
 
@@ -135,6 +135,11 @@ def test_what_is_refused() -> None:
         Contrastive("c", scope="local", crop=(8, 16, 16)).check((16, 16, 16))
     with pytest.raises(UserError, match="at most the patch"):
         Contrastive("c", crop=(20, 16, 16)).check((16, 16, 16))
+    task = Contrastive("c", crop=(12, 9, 12))
+    model = Model(UNet(features=(4, 8), convs=1, decoder_convs=1), {"c": task.head()})
+    view = {"image": jnp.zeros((1, 2, 12, 9, 12, 1))}
+    with pytest.raises(UserError, match=r"views of \(12, 9, 12\) voxels are no multiple of the network"):
+        jax.eval_shape(lambda: model.bind({"params": {}}).heads["c"](model.backbone, view))
     with pytest.raises(UserError, match="temperature"):
         Contrastive("c", temperature=0.0)
     with pytest.raises(UserError, match="unknown 'blurr'"):

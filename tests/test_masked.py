@@ -241,7 +241,9 @@ def test_what_cannot_be_masked_is_refused() -> None:
     deep = UNet(features=(4, 4, 4, 4), convs=1, decoder_convs=1)
     swin = Swin(features=6, depths=(1, 1), heads=(1, 2), window=(2, 2, 2))
     own = Masked("m", block=BLOCK, decoder="backbone")
+    vit = ViT(features=12, depth=1, heads=2, mlp=16, patch=(4, 4, 4))
     for net, task, message in (
+        (vit, Masked("m", block=BLOCK, features=9, heads=2), "no multiple of its heads 2"),
         (deep, small, "multiple of the network's total downsampling"),
         (NETS["resnet"], own, "no decoder of its own"),
         (swin, small, "use 'simmim'"),

@@ -110,6 +110,9 @@ def test_rules_must_cover_and_must_match() -> None:
         optim.build(settings(rules=((r".*", {"rate": 1.0}),)), PARAMS, 10)
     with pytest.raises(UserError, match="optim.name 'adam'"):
         optim.build(settings(name="adam"), PARAMS, 10)
+    for key in ("lr", "weight_decay", "clip"):
+        with pytest.raises(UserError, match=f"optim.{key}=-0.1: needs 0 or more"):
+            optim.build(settings(**{key: -0.1}), PARAMS, 10)
 
 
 def test_average_follows_its_recursion() -> None:

@@ -131,14 +131,16 @@ def test_the_cases_without_labels_are_ranked(run: Path, capsys: pytest.CaptureFi
     assert values == sorted(values, reverse=True)
 
 
-def test_a_folder_of_volumes_will_do(run: Path, tmp_path: Path) -> None:
+def test_a_folder_of_volumes_will_do(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for file in sorted((run.parent / "cohort" / "imagesTr").iterdir())[:3]:
         shutil.copy(file, tmp_path)
+    (tmp_path / "case0.nii.gz").rename(tmp_path / "banana.nii.gz")
     (tmp_path / "broken.nii.gz").write_bytes(b"nothing")
     with pytest.raises(UserError, match="1 case"):
         select.main([str(run), str(tmp_path), "--count=9", f"--output={tmp_path / 'out.csv'}"])
     rows = table(tmp_path / "out.csv")
-    assert {r["case"] for r in rows} == {"case0", "case1", "case2"}
+    assert {r["case"] for r in rows} == {"banana", "case1", "case2"}
+    assert "banana" in capsys.readouterr().out
     assert all(r["label"] == "yes" for r in rows)
 
 

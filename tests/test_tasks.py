@@ -277,6 +277,13 @@ def test_segmentation_learns_class_weights(capsys):
         ({"class_weights": (1.0,)}, "1 weights for 4 outputs"),
         ({"ignore": 4}, "ignore=4 is the value of a label"),
         ({"balance": "all"}, "balance='all'"),
+        ({"balance": "inverse", "voxelwise": "top_k"}, "classes weigh in the voxel-wise part alone"),
+        ({"balance": "inverse", "ce": 0.0}, "classes weigh in the voxel-wise part alone"),
+        ({"ce": 0.0, "dice": 0.0}, "there is no loss"),
+        ({"dice": -1.0}, r"tasks\.t\.dice=-1\.0: needs a number from 0 on"),
+        ({"levels": 0}, "levels=0"),
+        ({"smoothing": 1.0}, r"smoothing=1\.0: needs a number from 0 on and below 1"),
+        ({"top": 0.0}, r"top=0\.0"),
     ],
 )
 def test_segmentation_refuses(options, message):
@@ -366,6 +373,8 @@ def test_classification_learns_class_weights_and_refuses():
         ({"names": ("a", "b"), "pool": "avg"}, "pool='avg'"),
         ({"names": ("a", "b"), "class_weights": (1.0,)}, "needs 2 numbers"),
         ({"names": ("a", "b"), "temperature": 0.0}, "above 0"),
+        ({"names": ("a", "b"), "smoothing": -0.1}, "smoothing=-0.1"),
+        ({"names": ("a", "b"), "gamma": -1.0}, "gamma=-1.0"),
     ):
         with pytest.raises(UserError, match=message):
             Classification("t", **options)
@@ -455,3 +464,5 @@ def test_fit_names_the_task_that_has_no_target():
     assert tasks.fit(again, rebuilt, {"grade": known(0, 1), "ef": known(5.0, 9.0)})["ef"] == {}
     with pytest.raises(UserError, match="no tasks"):
         tasks.build({}, {})
+    with pytest.raises(UserError, match=r"tasks\.ef\.weight=-1\.0: needs a number from 0 on"):
+        tasks.build({"ef": {"type": "regression", "weight": -1.0}}, {})

@@ -329,6 +329,7 @@ def test_landmark_refuses():
     assert POINTS.fit(table([1, 2, 3, 0, 0, 0, 1], [1, 2, 3, 0, 0, 0, 2], [4, 4, 4, 0, 0, 0, 3])) == {}
     for wrong, message in (
         (table([1, 2, 3, 0, 0, 0, 4]), "case c has a landmark 4; the task has 1 to 3"),
+        (table([1, 2, 3, 0, 0, 0, math.nan]), "case c has a landmark nan; the task has 1 to 3"),
         (table([1, 2, 3, 0, 0, 0, 1], [1, 2, 4, 0, 0, 0, 1]), "twice"),
         (table([1, 2, 30, 0, 0, 0, 1]), "outside its volume"),
         (table([1, 2, math.nan, 0, 0, 0, 1]), "outside its volume"),

@@ -145,7 +145,7 @@ def test_more_volumes_beside_a_cohort(folder: Path, tmp_path: Path) -> None:
     assert json.loads((run / "eval" / "val" / "summary.json").read_text())["n_cases"] == 1
 
 
-def test_extra_volumes_have_a_modality(folder: Path) -> None:
+def test_extra_volumes_have_a_modality_and_some_are_left(folder: Path, tmp_path: Path) -> None:
     from medjax.data.unlabelled import with_extra
 
     case = cohorts.Case("a", "a", {"T1": Path("x"), "T2": Path("x")})
@@ -157,6 +157,10 @@ def test_extra_volumes_have_a_modality(folder: Path) -> None:
     with pytest.raises(UserError, match="missing='zero'"):
         with_extra(cohort, str(folder), "T1", False)
     both = with_extra(cohort, str(folder), "T2", True)
+    for name in ("bad_2d.nii.gz", "bad_rgb.nii.gz"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    with pytest.raises(UserError, match="data.extra.folder: none of its 2 volumes can be used: .*bad_2d.nii.gz"):
+        usable(with_extra(cohorts.from_files(folder, "T1"), str(tmp_path), "", False), SPEC)
     assert {tuple(case.images) for case in both.extra} == {("T2",)}
 
 

@@ -57,7 +57,7 @@ def usable(cohort: Cohort, spec: Mapping[str, Any], known: Sequence[Problem] = (
       spec: `data.preprocess`. known: problems that the cohort's reader met. workers: threads; 0: one a usable CPU.
 
     Raises:
-      UserError: no case is left.
+      UserError: no case is left, or none of those that `data.extra` adds.
     """
     cases = (*cohort.cases, *cohort.extra)
     plain = spec.to_dict() if hasattr(spec, "to_dict") else dict(spec)
@@ -91,6 +91,11 @@ def usable(cohort: Cohort, spec: Mapping[str, Any], known: Sequence[Problem] = (
     splits = cohort.splits and {name: tuple(id for id in ids if id in kept) for name, ids in cohort.splits.items()}
     gone = frozenset(problem.case for problem in skipped)
     extra = tuple(case for case in cohort.extra if case.id in kept)
+    if cohort.extra and not extra:
+        raise UserError(
+            f"config: data.extra.folder: none of its {len(cohort.extra)} volumes can be used: "
+            f"{next(p.message for p in skipped if p.case == cohort.extra[0].id)}"
+        )
     return replace(
         cohort, cases=left, extra=extra, splits=splits, left_out=cohort.left_out | gone, skipped=tuple(skipped)
     )

@@ -95,5 +95,4 @@ def ordinal_probabilities(logits: Array) -> Array:
     """[..., K - 1] cumulative logits -> [..., K] probabilities; what is not monotone is cut to the least before it."""
     above = jax.lax.cummin(jax.nn.sigmoid(logits.astype(jnp.float32)), axis=logits.ndim - 1)
     padded = jnp.pad(above, [(0, 0)] * (logits.ndim - 1) + [(1, 1)], constant_values=(1.0, 0.0))
-    padded = padded.at[..., 0].set(1.0).at[..., -1].set(0.0)
     return padded[..., :-1] - padded[..., 1:]

@@ -38,9 +38,7 @@ def info_nce(a: Array, b: Array, temperature: float, counted: Array) -> tuple[Ar
     return loss.reshape(2, n).mean(0), (right > best).astype(jnp.float32).reshape(2, n).mean(0)
 
 
-def vicreg(
-    a: Array, b: Array, counted: Array, weights: tuple[float, float, float] = (25.0, 25.0, 1.0)
-) -> tuple[Array, Array]:
+def vicreg(a: Array, b: Array, counted: Array, weights: tuple[float, float, float] = (25.0, 25.0, 1.0)) -> Array:
     """VICReg (Bardes et al. 2022): equal views, features that vary over the batch, features that do not repeat.
 
     Args:
@@ -48,13 +46,13 @@ def vicreg(
       weights: of invariance, variance and covariance.
 
     Returns:
-      `(loss, invariance)` [N]. Variance and covariance are of the batch: the same number for each row.
+      float32 [N]. Variance and covariance are of the batch: the same number for each row.
     """
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     invariance = jnp.square(a - b).mean(-1)
     spread, overlap = zip(*(_variance_covariance(x, counted) for x in (a, b)), strict=True)
     batch = weights[1] * sum(spread) / 2 + weights[2] * sum(overlap)
-    return weights[0] * invariance + batch, invariance
+    return weights[0] * invariance + batch
 
 
 def _variance_covariance(x: Array, counted: Array) -> tuple[Array, Array]:

@@ -87,6 +87,10 @@ class MaskedHead(PretextHead):
                 f"masked pretraining: block {tuple(self.block)} must be a multiple of model.patch "
                 f"{tuple(backbone.patch)}"
             )
+        if self.features % self.heads:
+            raise UserError(
+                f"masked pretraining: features {self.features} of the decoder are no multiple of its heads {self.heads}"
+            )
         seen = spread(visible, grid).reshape(image.shape[0], -1)
         total = seen.shape[1]
         blocks = math.prod(visible.shape[1:])
@@ -208,6 +212,12 @@ class ContrastHead(PretextHead):
     def __call__(self, backbone: Any, view: View, *, train: bool = False) -> list[Array]:
         image = view["image"]
         rows = image.shape[0]
+        factor = backbone.total_factor()
+        if any(size % f for size, f in zip(image.shape[2:5], factor, strict=True)):
+            raise UserError(
+                f"contrastive pretraining: views of {image.shape[2:5]} voxels are no multiple of the network's total "
+                f"downsampling {tuple(factor)}; correct the task's crop"
+            )
         end = _Catch()
         # Both views of an example lie beside each other: what is on a device stays there.
         with nn.intercept_methods(end):

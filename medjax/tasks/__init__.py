@@ -203,7 +203,10 @@ def options(kind: str) -> dict[str, Any]:
 
 
 def build(config: Mapping[str, Any], labels: Mapping[str, int]) -> dict[str, Any]:
-    """The tasks of `config.tasks`, bound to the cohort's labels (name -> value in the mask file)."""
+    """The tasks of `config.tasks`, bound to the cohort's labels (name -> value in the mask file).
+
+    Raises UserError for no task, a type or an option that is not known, and what a task cannot mean.
+    """
     if not config:
         raise UserError("config: no tasks; set e.g. config.tasks = {'organ': {'type': 'segmentation'}}")
     built = {}
@@ -211,6 +214,8 @@ def build(config: Mapping[str, Any], labels: Mapping[str, int]) -> dict[str, Any
         cls = _class(c["type"])
         bound = {"labels": dict(labels)} if "labels" in {f.name for f in dataclasses.fields(cls)} else {}
         built[name] = cls(name=name, **bound, **{k: v for k, v in c.items() if k != "type"})
+        if not 0 <= built[name].weight < float("inf"):
+            raise UserError(f"config: tasks.{name}.weight={built[name].weight}: needs a number from 0 on")
     return built
 
 

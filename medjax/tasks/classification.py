@@ -70,6 +70,8 @@ class Classification(Defaults):
             raise UserError(f"{self.where('names')}: a binary answer has two, negative and positive")
         if self.class_weights and len(self.class_weights) != self._weighted:
             raise UserError(f"{self.where('class_weights')} needs {self._weighted} numbers")
+        self.from_to("smoothing", 0, 1)
+        self.from_to("gamma", 0)
         if not self.temperature > 0:
             raise UserError(f"{self.where('temperature')}={self.temperature} must be above 0")
 

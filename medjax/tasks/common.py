@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -47,6 +48,13 @@ class Defaults:
         value = getattr(self, key)
         if value not in choices:
             raise UserError(f"{self.where(key)}='{value}' is not known; known: {', '.join(choices)}")
+
+    def from_to(self, key: str, low: float, below: float = math.inf) -> None:
+        """Raises UserError unless the option `key` is a number from `low` on and below `below`."""
+        value = getattr(self, key)
+        if not low <= value < below:
+            limit = "" if below == math.inf else f" and below {below:g}"
+            raise UserError(f"{self.where(key)}={value}: needs a number from {low:g} on{limit}")
 
 
 @dataclass(frozen=True)

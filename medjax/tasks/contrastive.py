@@ -151,7 +151,7 @@ class Contrastive(Pretext):
         counted = jnp.repeat(real, each)
         loss, found = losses.info_nce(a, b, self.temperature, counted)
         if self.method == "vicreg":
-            loss, _ = losses.vicreg(a, b, counted, (self.terms[0], self.terms[1], self.terms[2]))
+            loss = losses.vicreg(a, b, counted, (self.terms[0], self.terms[1], self.terms[2]))
         return loss.reshape(rows, each).mean(1), found.reshape(rows, each).mean(1)
 
     def loss(self, outputs: Sequence[Array], batch: Mapping[str, Array]) -> Array:

@@ -77,11 +77,11 @@ class Landmark(Defaults):
         """Checks the landmarks; learns nothing."""
         seen: set[int] = set()
         for one in known:
-            labels = [int(v) for v in np.asarray(one.value)[:, LABEL]]
-            wrong = [v for v in labels if not 1 <= v <= len(self.names)]
+            labels = np.asarray(one.value, np.float64)[:, LABEL].tolist()
+            wrong = [v for v in labels if v not in range(1, len(self.names) + 1)]
             if wrong:
                 raise UserError(
-                    f"task '{self.name}': case {one.case} has a landmark {wrong[0]}; the task has 1 to "
+                    f"task '{self.name}': case {one.case} has a landmark {wrong[0]:g}; the task has 1 to "
                     f"{len(self.names)} ({', '.join(self.names)})"
                 )
             if len(set(labels)) < len(labels):

@@ -32,7 +32,10 @@ class Reconstruction(Pretext):
         return reconstruction.counted_mean(errors, counted, batch["modality"])
 
     def measure(self, outputs: Sequence[Array], batch: Mapping[str, Array]) -> dict[str, Array]:
-        """The loss; and the share of the predicted voxels' variance that is explained, 1 - squared error / variance."""
+        """The loss; and the share of the predicted voxels' variance that is explained, 1 - squared error / variance.
+
+        Where nothing varies (a patch of background alone) there is nothing to explain: 0.
+        """
         prediction, counted = outputs
         image, real = batch["image"], batch["modality"]
         grid = counted.shape[1:]
@@ -44,10 +47,10 @@ class Reconstruction(Pretext):
             mean, _ = reconstruction.moments(image, grid)
             middle = reconstruction.counted_mean(mean, counted, real)[:, None, None, None, None]
         spread_ = reconstruction.block_errors(zero + middle, image, grid, "l2", self.normalize)
-        share = reconstruction.counted_mean(square, counted, real) / jnp.maximum(
-            reconstruction.counted_mean(spread_, counted, real), 1e-12
-        )
-        return {"error": self.loss(outputs, batch), "explained": 1 - share}
+        variance = reconstruction.counted_mean(spread_, counted, real)
+        varies = variance > 1e-8
+        share = reconstruction.counted_mean(square, counted, real) / jnp.where(varies, variance, 1.0)
+        return {"error": self.loss(outputs, batch), "explained": jnp.where(varies, 1 - share, 0.0)}
 
     def show(self, outputs: Sequence[Array], batch: Mapping[str, Array]) -> dict[str, Array]:
         """The first example: what it is, what was visible, what was predicted for the rest."""

@@ -44,8 +44,9 @@ class Segmentation(Defaults):
       overlap: the overlap part: 'dice', 'generalised_dice' or 'tversky'.
       gamma: exponent of the focal loss. top: share of voxels of 'top_k'.
       alpha, beta: weight of false positives and false negatives in 'tversky'.
-      batch_dice: pool the Dice sums over the batch rather than per example ('dice' alone).
-      smoothing: of the labels in the cross-entropy.
+      batch_dice: pool the Dice sums over the batch rather than per example ('dice' alone); the batch is what one
+        accumulation round holds, and with parallel='pmap' its part on one device.
+      smoothing: of the labels in the cross-entropy ('ce' alone).
       balance: class weights of the voxel-wise part from the training masks: 'none', 'inverse', 'sqrt' or 'effective'
         (`medjax.losses.weighting.class_weights`). class_weights: those weights; learnt unless given.
       ignore: value of voxels that count neither in the loss nor in the scores; -1: none.
@@ -89,6 +90,19 @@ class Segmentation(Defaults):
         self.one_of("voxelwise", ("ce", "focal", "top_k"))
         self.one_of("overlap", ("dice", "generalised_dice", "tversky"))
         self.one_of("balance", weighting.CLASS_WEIGHTS)
+        for key, low in {"ce": 0, "dice": 0, "unified": 0, "boundary": 0, "gamma": 0, "alpha": 0, "beta": 0}.items():
+            self.from_to(key, low)
+        self.from_to("levels", 1)
+        self.from_to("smoothing", 0, 1)
+        if not (self.ce or self.dice or self.unified or self.boundary):
+            raise UserError(f"{self.where('ce')}, dice, unified and boundary are all 0: there is no loss")
+        if not 0 < self.top <= 1:
+            raise UserError(f"{self.where('top')}={self.top}: a share of the voxels, above 0 and up to 1")
+        if (self.class_weights or self.balance != "none") and (not self.ce or self.voxelwise == "top_k"):
+            raise UserError(
+                f"{self.where('balance')}='{self.balance}', class_weights={tuple(self.class_weights)}: classes weigh "
+                "in the voxel-wise part alone, which takes them where voxelwise is 'ce' or 'focal' and ce above 0"
+            )
         if self.class_weights and len(self.class_weights) != self.outputs:
             raise UserError(
                 f"{self.where('class_weights')}: {len(self.class_weights)} weights for {self.outputs} outputs "
