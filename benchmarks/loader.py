@@ -13,8 +13,9 @@ Each peer runs the fastest of its settings (worker processes or none; MONAI: one
 the measurement. `preprocess`: cases from .nii.gz to oriented (RAS), resampled (1 mm) and normalised arrays on two
 workers, against `monai` and `torchio`; mode `default` leaves each its own interpolation (ours is cubic, theirs linear),
 mode `cubic` asks all for cubic B-splines. `memory`: what building and reading the store take beyond the baseline, in
-volumes (one JSON line each, with its own keys). The other lines' form: `benchmarks/harness.py`; memory there is of the
-main process alone, so it leaves out what peers hold in worker processes.
+volumes (one JSON line each, with its own keys). `soak`: resident memory while batches are read for --minutes, some a
+second as a training step would. The other lines' form: `benchmarks/harness.py`; memory there is of the main process
+alone, so it leaves out what peers hold in worker processes.
 
 The data are synthetic, or --data: a folder in Decathlon layout, from which --cases cases are taken.
 """
@@ -36,6 +37,7 @@ from typing import Any
 from benchmarks import harness
 
 PATCH, BATCH, WORKERS = 96, 2, 2
+_STEP_S = 0.1  # between the batches of `soak`
 # Shape, spacing in mm and channels of the synthetic volumes.
 VOLUMES: dict[str, tuple[tuple[int, int, int], tuple[float, float, float], int]] = {
     "mr4": ((240, 240, 155), (1.0, 1.0, 1.0), 4),
@@ -43,7 +45,7 @@ VOLUMES: dict[str, tuple[tuple[int, int, int], tuple[float, float, float], int]]
     "thick": ((224, 224, 64), (0.9, 0.9, 2.5), 1),
 }
 _PEERS = {"patches": ("monai", "nnunet"), "preprocess": ("monai", "torchio")}
-_SIZES = {"patches": ("mr4", "ct1"), "preprocess": ("mr4", "thick"), "memory": ("mr4",)}
+_SIZES = {"patches": ("mr4", "ct1"), "preprocess": ("mr4", "thick"), "memory": ("mr4",), "soak": ("mr4",)}
 
 Setup = Callable[[], tuple[Callable[[], Any], dict[str, str]]]
 
@@ -379,6 +381,31 @@ def _memory(folder: Path, count: int, patches: int) -> None:
     )
 
 
+def _soak(folder: Path, count: int, minutes: float) -> None:
+    """Prints the resident memory (all, and without what is mapped from files) at twelve moments of a long read."""
+    from medjax.data import pipeline, store
+
+    cases, plan = _cohort(folder, count, {"normalize": "zscore_nonzero"})
+    opened, _ = store.prepare(folder / "store", "benchmark", plan, {"train": cases}, WORKERS)
+    source = pipeline.Source(opened["train"], ("segmentation",))
+    sampler = pipeline.make_sampler(
+        0, source, cases, foreground=0.5, labels=plan.labels,
+        sampling={"classes": "balanced", "balance": "", "weight": ""},
+    )  # fmt: skip
+    batches = pipeline.train_batches(source, sampler, patch=(PATCH,) * 3, batch_size=BATCH, workers=WORKERS)
+    resident, private, read = [], [], 0
+    start, moments = time.monotonic(), 12
+    for moment in range(moments):
+        while time.monotonic() - start < 60 * minutes * (moment + 1) / moments:
+            next(batches)
+            read += 1
+            time.sleep(_STEP_S)
+        resident.append(round(harness._memory_kb("VmRSS") / 1024, 1))
+        private.append(round(harness._memory_kb("RssAnon") / 1024, 1))
+    line = {"bench": "loader", "case": "read", "mode": "soak", "minutes": minutes, "batches": read}
+    print(json.dumps({**line, "resident_mb": resident, "private_mb": private}), flush=True)
+
+
 _SIDES: dict[tuple[str, str], Callable[[Path, int, Any], Setup]] = {
     ("patches", "ours"): _patches_ours,
     ("patches", "monai"): _patches_monai,
@@ -392,6 +419,8 @@ _SIDES: dict[tuple[str, str], Callable[[Path, int, Any], Setup]] = {
 def _work(what: str, side: str, folder: str, count: str, argument: str) -> None:
     if what == "memory":
         return _memory(Path(folder), int(count), int(argument))
+    if what == "soak":
+        return _soak(Path(folder), int(count), float(argument))
     if side == "ours":
         from medjax import runtime
 
@@ -411,6 +440,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=4)
     parser.add_argument("--patches", type=int, default=40, help="of one repetition")
     parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--minutes", type=float, default=60, help="of soak")
     parser.add_argument(
         "--work", nargs=5, metavar=("WHAT", "SIDE", "FOLDER", "COUNT", "ARGUMENT"), help=argparse.SUPPRESS
     )
@@ -437,9 +467,10 @@ def _measure(what: str, size: str, folder: Path, options: argparse.Namespace) ->
         work = [what, side, str(folder), str(options.cases), str(argument)]
         return [python, "-m", "benchmarks.loader", "--work", *work]
 
-    if what == "memory":
+    if what in ("memory", "soak"):
+        argument = options.patches if what == "memory" else options.minutes
         environment = {**os.environ, "PYTHONPATH": str(harness.ROOT)}
-        subprocess.run(command(sys.executable, "ours", options.patches), check=True, cwd=harness.ROOT, env=environment)
+        subprocess.run(command(sys.executable, "ours", argument), check=True, cwd=harness.ROOT, env=environment)
         return
     for mode in ("warm",) if what == "patches" else options.modes.split(","):
         for peer in [p for p in _PEERS[what] if p in options.peers.split(",")]:
