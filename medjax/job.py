@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from medjax import config as config_lib
 from medjax import evaluate, measures, parallel, tasks
+from medjax.augment import sides
 from medjax.data import cohort as cohorts
 from medjax.data import dataset, pipeline, preprocess, sampler, store
 from medjax.errors import UserError
@@ -53,6 +54,7 @@ def open_job(config: ConfigDict) -> Job:
     confirm.rules(config.eval.confirm, job)
     total = steps_of(config, "train.total", len(splits["train"]))
     plan = preprocess.fit(config.data.preprocess, cohort, splits["train"])
+    sides.check(config.augment, job, plan.orientation)
     model = build_model(config, job)
     check_heads(model, len(plan.modalities))
     if config.data.buckets:

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from medjax import parallel, runtime
+from medjax.augment import sides
 from medjax.errors import UserError, run_program, write_atomic
 from medjax.ops import native
 
@@ -66,8 +67,11 @@ class Predictor:
             return dense, jnp.concatenate([outputs[name][0] for name in self._whole], axis=-1)
 
         odd: tuple[list[int], ...] = ([], [], [])
+        views = sides.views(config.augment, self._dense, config.eval.mirror, config.data.preprocess.orientation)
+        swap: list[tuple[int, int]] = []
         first = 0
-        for task in (*self._dense.values(), *self._whole.values()):
+        for name, task in (self._dense | self._whole).items():
+            swap += [(first + a, first + b) for a, b in views.get(name, ())]
             for axis in range(3):
                 odd[axis].extend(first + channel for channel in task.odd[axis])
             first += task.outputs
@@ -79,6 +83,7 @@ class Predictor:
             sum(task.outputs for task in self._dense.values()),
             pooled_out=sum(task.outputs for task in self._whole.values()),
             odd=odd,
+            swap=swap,
             overlap=config.eval.overlap,
             batch=config.eval.windows * (1 if mesh is None else parallel.ways(mesh)),
             mirror_axes=tuple(config.eval.mirror),
@@ -350,9 +355,10 @@ def output_files(run: Run, folder: Path, name: str) -> dict[str, Path]:
 
 def check_outputs(folder: Path, outputs: Iterable[Path], cases: Mapping[str, Mapping[str, Path]]) -> None:
     """Makes the folder; raises UserError if it cannot be made, or if an output would replace one of the inputs."""
-    inputs = {file.resolve(): file for images in cases.values() for file in images.values()}
+    # By what lies there, not by name: links, and names that differ in capitals where the file system sees none.
+    inputs = {_identity(file) for images in cases.values() for file in images.values()}
     for output in outputs:
-        if output.resolve() in inputs:
+        if output.exists() and _identity(output) in inputs:
             raise UserError(f"{output}: the prediction would replace the input of that name. Choose another --output.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -360,6 +366,11 @@ def check_outputs(folder: Path, outputs: Iterable[Path], cases: Mapping[str, Map
         raise UserError(f"{folder}: cannot make the folder: {error.strerror}. Choose another --output.") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{folder}: no permission to write there. Choose another --output.")
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def refusal(source: Path, refused: Mapping[str, str], done: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from pathlib import Path
@@ -138,6 +139,19 @@ def test_manifest(tmp_path, separator):
     assert cohort.labels == {"tumour": 1}
 
 
+def test_what_spreadsheets_make_of_a_table(tmp_path):
+    # Lines before the header, emptied columns, a line's end within quotes, characters that end lines for Python alone.
+    save(tmp_path / "a.nii.gz")
+    text = '\r\n\r\nid,t1,note,,\r\na,a.nii.gz,"two\r\nlines, one cell",,\r\nb,a.nii.gz,x\x85y\u2028z,,\r\n'
+    (tmp_path / "cases.csv").write_bytes(text.encode("utf-8-sig"))
+    cases = from_manifest(tmp_path / "cases.csv", {"T1": "t1"}).cases
+    assert [case.attributes["note"] for case in cases] == ["two\nlines, one cell", "x\x85y\u2028z"]
+    assert all(set(case.attributes) == {"id", "note"} for case in cases)
+    (tmp_path / "cases.csv").write_text(text, encoding="utf-16")
+    with pytest.raises(UserError, match="cannot be read as UTF-8 text .* Save it as UTF-8"):
+        from_manifest(tmp_path / "cases.csv", {"T1": "t1"})
+
+
 def test_json_manifest(tmp_path):
     save(tmp_path / "a.nii.gz")
     path = table(tmp_path, json.dumps([{"id": 7, "t1": "a.nii.gz", "age": 41.5, "note": None}]), "cases.json")
@@ -161,6 +175,10 @@ def test_json_manifest(tmp_path):
         ("id,t1\na,a.nii.gz\na,a.nii.gz\n", "'a' appears more than once"),
         ("id,t1\na,a.nii.gz,extra\n", "line 2: 3 cells where the header has 2"),
         ("id,t1,t1\na,a.nii.gz,a.nii.gz\n", "'t1' appears twice"),
+        ('id,t1\na,"a.nii.gz\nb,a.nii.gz\nc,a.nii.gz\n', "line 4: unexpected end of data"),
+        (f'id,t1\na,"{"x" * 200_000}"\n', "line 2: field larger"),
+        ("id,t1\n/data/a,a.nii.gz\n", "the id '/data/a' is a path. Give cases ids without '/', such as 'a'"),
+        ("id,t1\n..,a.nii.gz\n", "the id '..' is a path"),
     ],
 )
 def test_bad_manifest(tmp_path, text, words):
@@ -362,6 +380,29 @@ def test_identical_voxels_across_and_inside_splits(tmp_path, capsys, monkeypatch
     assert str(images[2]) in str(error.value)
     split(Cohort("x", tmp_path, ("T1",), {}, cases, {"train": ("0", "2"), "val": ("1",)}), {})
     assert "count twice" in capsys.readouterr().err
+
+
+def test_empty_images_are_no_duplicates_and_unused_cases_no_leak(tmp_path):
+    # A modality written as zeros shows nothing to remember; reading the case says what is wrong with it.
+    images = [save(tmp_path / f"{i}.nii.gz", i) for i in range(2)]
+    for name in ("e", "f"):
+        nib.save(nib.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.eye(4)), tmp_path / f"{name}.nii.gz")
+    cases = tuple(Case(n, n, {"T1": p, "T2": tmp_path / f"{n}.nii.gz"}) for n, p in zip("ef", images, strict=True))
+    cohort = Cohort("x", tmp_path, ("T1", "T2"), {}, cases, {"train": ("e",), "val": ("f",)})
+    assert set(split(cohort, {})) == {"train", "val"}
+    # What no run reads may be of a patient, or hold the voxels, that another split has.
+    pair = (Case("a", "p", {"T1": images[0]}), Case("b", "p", {"T1": images[0]}))
+    cohort = Cohort("x", tmp_path, ("T1",), {}, pair, {"train": ("a",), "unlabelled": ("b",)})
+    assert [c.id for c in split(cohort, {})["unlabelled"]] == ["b"]
+
+
+@pytest.mark.parametrize("shape", [(3, 700, 1100), (5, 4, 3, 2)])  # more and less than what is hashed at a time
+def test_content_hash_is_that_of_the_whole(tmp_path, shape):
+    data = np.random.default_rng(0).integers(-1, 2, shape).astype(np.float32) * np.float32(-1)  # with -0 among them
+    nib.save(nib.Nifti1Image(data, np.eye(4)), tmp_path / "a.nii")
+    digest = hashlib.blake2b(str(data.shape).encode(), digest_size=16)
+    digest.update((data + np.float32(0)).tobytes())
+    assert content_hash(tmp_path / "a.nii") == digest.hexdigest()
 
 
 def test_one_file_under_two_ids(tmp_path):

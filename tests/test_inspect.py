@@ -177,6 +177,19 @@ def test_every_bad_file_is_told_and_none_stops_it(spoiled, tmp_path):
     assert "case0" not in problems(allowed, "error")
 
 
+def test_the_range_is_that_of_the_finite_voxels(tmp_path):
+    for name, array in (("a", np.linspace(5, 9, 64)), ("b", np.full(64, 5.0)), ("c", np.full(64, np.nan))):
+        array[1] = np.nan
+        save(tmp_path / "in" / f"{name}.nii", array.reshape(4, 4, 4).astype(np.float32))
+    keys = ("data.images.MR={case}.nii", "data.preprocess.nonfinite=zero")
+    found = look(tmp_path / "in", tmp_path / "out", *keys, pictures=0)
+    a, b, c = (report["images"]["MR"] for report in found["reports"])
+    assert (a["low"], a["high"], b["low"], b["high"], c["low"]) == (5, 9, 5, 5, None)
+    errors = problems(found, "error")
+    assert set(errors) == {"b", "c"}
+    assert "the image is constant" in errors["b"]
+
+
 def test_exit_codes(spheres, tmp_path):
     """0 with problems, 2 when nothing can be used; through the command line."""
     for name in ("a", "b"):

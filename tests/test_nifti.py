@@ -196,10 +196,11 @@ def test_nan_slope_means_no_scaling_and_inf_is_refused(tmp_path):
     blob[112:120] = struct.pack("<ff", np.nan, np.nan)
     path.write_bytes(blob)
     assert nifti.read(path).data.dtype == np.int16
-    blob[112:120] = struct.pack("<ff", 1, np.inf)
-    path.write_bytes(blob)
-    with pytest.raises(UserError, match="scaling"):
-        nifti.read(path)
+    for slope, inter in ((1, np.inf), (np.inf, 0)):
+        blob[112:120] = struct.pack("<ff", slope, inter)
+        path.write_bytes(blob)
+        with pytest.raises(UserError, match="scaling"):
+            nifti.read(path)
 
 
 def test_missing_file_folder_and_foreign_files(tmp_path):
@@ -224,7 +225,7 @@ def test_header_that_promises_terabytes_is_refused_at_once(tmp_path):
             nifti.read(path)
 
 
-@pytest.mark.parametrize("offset", [1e30, np.nan, -5.0, 400.5])
+@pytest.mark.parametrize("offset", [1e30, np.nan, -5.0, 400.5, 0.0])  # 0: the header itself would be taken for voxels
 def test_lying_vox_offset(tmp_path, offset):
     path = save(tmp_path / "a.nii", voxels())
     blob = bytearray(path.read_bytes())
@@ -299,6 +300,45 @@ def test_zero_pixdim_is_harmless_beside_an_sform_and_fatal_alone(tmp_path):
         nifti.read(tmp_path / "c.nii")
 
 
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_a_form_of_an_unknown_code_is_there_all_the_same(tmp_path, suffix):
+    # Above 0 means that the form holds; without it left and right would silently be the standard's default.
+    image = nib.Nifti1Image(voxels(), np.diag([2, 3, 4, 1.0]))
+    nib.save(image, tmp_path / "a.nii")
+    blob = bytearray((tmp_path / "a.nii").read_bytes())
+    blob[252:256] = struct.pack("<2h", 0, 9)
+    path = tmp_path / f"b{suffix}"
+    path.write_bytes(gzip.compress(bytes(blob)) if suffix.endswith("gz") else bytes(blob))
+    volume = nifti.read(path)
+    np.testing.assert_array_equal(volume.affine, image.affine)
+    assert "sform_code 9 is none the standard knows" in volume.notes[0]
+    np.testing.assert_array_equal(nifti.read_grid(path)[1], image.affine)
+    nifti.write(tmp_path / "c.nii", voxels(), volume)
+    np.testing.assert_array_equal(nib.load(tmp_path / "c.nii").affine, image.affine)
+
+
+def test_a_negative_pixdim_alone_is_told(tmp_path):
+    image = nib.Nifti1Image(voxels(), None)
+    image.set_qform(np.diag([2, 3, 4, 1.0]), 1)
+    image.set_sform(None, 0)
+    nib.save(image, tmp_path / "a.nii")
+    blob = bytearray((tmp_path / "a.nii").read_bytes())
+    blob[80:84] = struct.pack("<f", -2)
+    (tmp_path / "a.nii").write_bytes(blob)
+    volume = nifti.read(tmp_path / "a.nii")
+    np.testing.assert_allclose(volume.affine, np.diag([2, 3, 4, 1.0]), atol=1e-6)
+    assert any("(pixdim) is negative" in note for note in volume.notes)
+
+
+def test_a_sheared_grid_says_by_how_much_volumes_are_off(tmp_path):
+    affine = np.diag([1, 1, 5, 1.0])
+    affine[1, 2] = 5 * np.tan(np.deg2rad(20))  # gantry tilt
+    volume = nifti.read(save(tmp_path / "a.nii", voxels(), affine))
+    (note,) = volume.notes
+    assert "volumes 6.4 % too large" in note  # 1 / cos 20 degrees
+    assert np.prod(volume.spacing) / np.linalg.det(affine[:3, :3]) == pytest.approx(1.0642, abs=1e-4)
+
+
 def test_singular_sform(tmp_path):
     path = save(tmp_path / "a.nii", voxels())
     blob = bytearray(path.read_bytes())
@@ -332,6 +372,18 @@ def test_label_in_the_smallest_type(tmp_path):
     data[0, 0, 0] = 100_000
     label = nifti.read_label(save(tmp_path / "a.nii.gz", data), values=[1, 2, 3, 100_000])
     assert label.data.max() == 100_000
+
+
+def test_large_labels_survive_a_float32_slope(tmp_path):
+    # Stored as 7 times the label, slope 1/7: as a float32 that leaves 100001 off by more than a thousandth.
+    stored = np.zeros((4, 4, 4), np.int32)
+    stored[0, 0, :3] = 7, 7 * 12175, 7 * 100_001
+    blob = bytearray(save(tmp_path / "a.nii", stored).read_bytes())
+    blob[112:116] = struct.pack("<f", 1 / 7)
+    (tmp_path / "a.nii").write_bytes(blob)
+    assert np.abs(nifti.read(tmp_path / "a.nii").data[0, 0, 2] - 100_001) > 1e-3
+    label = nifti.read_label(tmp_path / "a.nii", values=(1, 12175, 100_001))
+    np.testing.assert_array_equal(label.data, stored // 7)
 
 
 def test_undeclared_labels_are_listed_with_their_counts(tmp_path):

@@ -271,6 +271,14 @@ def test_mirroring_minds_the_sides() -> None:
     axes, swap, notes = planner.mirroring({"heart_left_ventricle": 1})
     assert (axes, swap) == ((1, 2), ())
     assert "no counterpart" in notes[0]
+    # No mirror images of each other; and where left and right is another axis, labels cannot trade places.
+    axes, swap, notes = planner.mirroring({"left atrium": 1, "right atrium": 2})
+    assert (axes, swap) == ((1, 2), ())
+    assert "'left atrium' may have a side" in notes[0]
+    axes, swap, notes = planner.mirroring({"kidney_l": 1, "kidney_r": 2}, "PIR")
+    assert (axes, swap) == ((0, 1), ())
+    assert "axis 2 of 'PIR'" in notes[0]
+    assert planner.mirroring({"kidney_l": 1, "kidney_r": 2}, "LPI")[:2] == ((0, 1, 2), ((1, 2),))
 
 
 # ------------------------------------------------------------------------------------------------------------- folds
@@ -322,6 +330,12 @@ def test_one_labelled_patient() -> None:
     assert divide(cases).folds == ({"c0": "train", "c1": "val"},)
     with pytest.raises(UserError, match="one patient.*data.group"):
         divide(plain_cases(2, per_patient=2))
+    # Another image of the patient learnt from is none to validate on.
+    twice = [*plain_cases(1, per_patient=9), *plain_cases(1, per_patient=9, mask=False, first=1)]
+    with pytest.raises(UserError, match="one patient.*data.group"):
+        divide(twice)
+    (fold,) = divide([*twice, *plain_cases(1, mask=False, first=2)]).folds
+    assert fold == {"c0": "train", "c1": "unlabelled", "c2": "val"}
     with pytest.raises(UserError, match="no training case has a target"):
         divide(plain_cases(3, mask=False))
 

@@ -456,6 +456,9 @@ def test_an_input_is_never_replaced(untrained: Path, tmp_path: Path, capsys: Any
         said = refused(untrained, source, output, capsys=capsys)
         assert "would replace the input" in said
         assert "a.nii.gz" in said
+    (tmp_path / "same").mkdir()
+    (tmp_path / "same" / "a.nii.gz").hardlink_to(file)  # as a file system that sees no capitals has it, too
+    assert "would replace the input" in refused(untrained, file, tmp_path / "same", capsys=capsys)
     assert file.read_bytes() == before
     assert files_in(tmp_path / "in") == {"a.nii.gz", "b.nii"}
     # A name that does not clash may lie beside it.

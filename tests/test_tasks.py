@@ -129,6 +129,15 @@ def test_all_tasks_train_in_one_step(built, program, pyramid):
         assert any((np.asarray(g) != 0).any() for g in leaves), name
 
 
+@pytest.mark.parametrize("regions", [{}, {"both": ("a", "b"), "rare": ("b",)}])
+def test_a_label_that_no_mask_holds_need_not_fit_in_their_type(regions):
+    mask = jnp.asarray([0, 1, 1, 0], jnp.uint8).reshape(1, 4, 1, 1)
+    task = Segmentation("s", {"a": 1, "b": 12175}, regions=regions, ignore=20000)
+    found = task.prepare(jax.random.key(0), {"s/target": mask})["s/target"][0, :, 0, 0]
+    expected = [[0, 0], [1, 0], [1, 0], [0, 0]] if regions else [0, 1, 1, 0]
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_a_batch_without_labels_moves_nothing(program):
     params, run = program
     for values in (batch_of(), {k: np.zeros_like(v) for k, v in batch_of().items()}):

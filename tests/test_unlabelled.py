@@ -70,6 +70,22 @@ def test_every_file_is_a_case(folder: Path) -> None:
     assert {case.group for case in grouped.cases} == {"good", "bad", "twin"}
 
 
+def test_links_to_folders_are_followed_once(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "site").symlink_to(folder)
+    save(tmp_path / "own.nii.gz", noise(4, 4, 4))
+    (tmp_path / "back").symlink_to(tmp_path)
+    found = {case.id for case in cohorts.from_files(tmp_path).cases}
+    assert found == {"own", *(f"site_{case.id}" for case in cohorts.from_files(folder).cases)}
+
+
+def test_two_files_of_one_id_are_refused(tmp_path: Path) -> None:
+    for name in ("a/b_c.nii.gz", "a_b/c.nii.gz"):
+        (tmp_path / name).parent.mkdir()
+        save(tmp_path / name, noise(4, 4, 4))
+    with pytest.raises(UserError, match=r"a_b/c\.nii\.gz: .*a/b_c\.nii\.gz makes the same id, 'a_b_c'"):
+        cohorts.from_files(tmp_path)
+
+
 def test_what_cannot_be_used_is_listed(folder: Path) -> None:
     cohort = usable(cohorts.from_files(folder), SPEC)
     assert {case.id for case in cohort.cases} == {f"good{i}" for i in range(6)} | {"deeper_good", "twin_a"}

@@ -23,6 +23,7 @@ from medjax.ops.gated import chosen
 # Cubic B-splines on a grid of spacing h fold nowhere if no control point moves by more than 0.4033 h (Choi & Lee,
 # "Injectivity conditions of 2D and 3D uniform cubic B-spline functions", Graphical Models 62, 2000).
 _FOLD_FREE = 0.4
+_LABEL = 6  # column of the label in a table of findings
 
 
 class Move(NamedTuple):
@@ -80,8 +81,8 @@ class Spatial(Transform):
 class Mirror(Spatial):
     """Flips each of `axes` with probability p: 0 left/right, 1 posterior/anterior, 2 inferior/superior.
 
-    `swap`: label values that trade places where axis 0 is flipped, ((left, right), ...) in every mask, or
-    (('task', left, right), ...) in one task's.
+    `swap`: label values that trade places where axis 0 is flipped, ((left, right), ...) in every label map, or
+    (('task', left, right), ...) in one task's; of findings, whose masks number them, the labels in their table.
     """
 
     p: float = 0.5
@@ -290,15 +291,23 @@ def apply(batch: Batch, transforms: Sequence[Transform], joined: Joined, masks: 
             out[key] = warp.warp_image(batch[key][..., None], pose)[..., 0]
             continue
         out[key] = warp.warp_mask(batch[key], pose, labels)
+        table = f"{key.removesuffix('/target')}/table"
         for transform, flipped in zip(transforms, joined.flipped, strict=True):
-            pairs = _pairs(transform.swap, key, batch[key].dtype) if isinstance(transform, Mirror) else []
-            if pairs:
+            if not isinstance(transform, Mirror):
+                continue
+            if table in batch:
+                # The mask says which finding, the table which side.
+                pairs = [p[-2:] for p in transform.swap if p[0] == key.removesuffix("/target")]
+                names = out[table][..., _LABEL]
+                sides = jnp.where(flipped[:, :1], _swapped(names, pairs), names)
+                out[table] = out[table].at[..., _LABEL].set(sides) if pairs else out[table]
+            elif pairs := _pairs(transform.swap, key, batch[key].dtype):
                 out[key] = chosen(lambda m, pairs=pairs: _swapped(m, pairs), flipped[:, 0], out[key])
     return out
 
 
 def _pairs(swap: Sequence[tuple[Any, ...]], key: str, dtype: Any) -> list[tuple[int, int]]:
-    """The pairs that hold for a mask of the batch, without those that its type says do not occur."""
+    """The pairs that hold for a label map of the batch, without those that its type says do not occur."""
     task = key.removesuffix("/target")
     pairs = [tuple(p[-2:]) for p in swap if not isinstance(p[0], str) or p[0] == task]
     limit = 1 if dtype == jnp.bool_ else jnp.iinfo(dtype).max
@@ -311,7 +320,7 @@ def _pairs(swap: Sequence[tuple[Any, ...]], key: str, dtype: Any) -> list[tuple[
     return [(a, b) for a, b in pairs if max(a, b) <= limit]
 
 
-def _swapped(mask: Array, pairs: Sequence[tuple[int, int]]) -> Array:
+def _swapped(mask: Array, pairs: Sequence[tuple[Any, ...]]) -> Array:
     out = mask
     for a, b in pairs:
         there, back = jnp.asarray(b, mask.dtype), jnp.asarray(a, mask.dtype)

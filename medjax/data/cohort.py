@@ -51,7 +51,11 @@ __all__ = [
 
 Splits = dict[str, tuple[Case, ...]]
 
+UNUSED = "unlabelled"
+"""Name of a split that no run learns from or is judged by (`medjax.plan` writes it): patients may be in another too."""
+
 _LISTED = 5  # offenders an error message names before it only counts
+_HASHED = 1 << 21  # voxels that are hashed at a time
 
 
 # ---------------------------------------------------------------------------------------------------------- loading
@@ -134,10 +138,12 @@ def voxel_hash(volume: Volume) -> str:
     permutation, flips = axes_towards(volume.affine)
     data = np.moveaxis(volume.data, range(3), np.argsort(permutation))
     data = data[tuple(slice(None, None, -1) if f else slice(None) for f in flips)]
-    # Adding 0 makes -0 the same as 0.
-    values = np.ascontiguousarray(data.astype(np.float32) + np.float32(0))
-    digest = hashlib.blake2b(str(values.shape).encode(), digest_size=16)
-    digest.update(values.data.cast("B"))
+    digest = hashlib.blake2b(str(data.shape).encode(), digest_size=16)
+    rows = max(_HASHED // max(1, data[:1].size), 1)
+    for start in range(0, len(data), rows):  # a part at a time: no float32 copy of the whole
+        # Adding 0 makes -0 the same as 0.
+        part = np.ascontiguousarray(data[start : start + rows].astype(np.float32) + np.float32(0))
+        digest.update(part.data.cast("B"))
     return digest.hexdigest()
 
 
@@ -168,7 +174,7 @@ def split(cohort: Cohort, spec: Mapping[str, Any], seed: int = 0, check_content:
 
     Raises:
       UserError: unknown key, unlisted or unknown ids, an empty split, a patient in two splits (names the ids), or
-        identical voxels in two splits (names both files).
+        identical voxels in two splits (names both files). The split `UNUSED` is not compared.
     """
     check_keys("data.split", spec.keys(), ("file", "column", "folds", "fold", "test", "stratify"))
     given = {key: value for key, value in spec.items() if value}
@@ -193,9 +199,10 @@ def split(cohort: Cohort, spec: Mapping[str, Any], seed: int = 0, check_content:
         if not splits.get(name):
             there = ", ".join(f"{k} ({len(v)})" for k, v in splits.items())
             raise UserError(f"data.split of {cohort.name}: the split {name!r} is empty (there are: {there or 'none'})")
-    _check_groups(cohort, splits)
+    used = {name: members for name, members in splits.items() if name != UNUSED}
+    _check_groups(cohort, used)
     if check_content:
-        _check_content(splits)
+        _check_content(used)
     return splits
 
 
@@ -300,6 +307,8 @@ def _check_content(splits: Splits) -> None:
     inside = []
     for files in same.values():
         ((path_a, id_a), split_a), *others = files.items()
+        if others and not np.ptp(nifti.read(path_a).data):
+            continue  # an empty channel shows nothing; where it is read it is refused as what it is
         for (path_b, id_b), split_b in others:
             if split_a != split_b:
                 raise UserError(

@@ -126,7 +126,7 @@ def from_files(
     """Every NIfTI file below a folder as a case of its own, without targets: what pretraining takes.
 
     Args:
-      root: the folder; hidden files and folders in it are passed over.
+      root: the folder; hidden files and folders in it are passed over, links to folders followed.
       modality: what all of them are. group: the patient, see `from_folder`; None: every file its own.
       intake: what to do about cases that cannot be used.
 
@@ -137,7 +137,12 @@ def from_files(
     if not root.is_dir():
         raise UserError(f"{root}: no such folder. Correct the path.")
     found: dict[str, Path] = {}
-    for folder, folders, files in os.walk(root):
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # a link back
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             # A header stands for its pair.
@@ -146,7 +151,7 @@ def from_files(
             path = Path(folder) / name
             id = "_".join((*path.relative_to(root).parts[:-1], stem(path)))
             if id in found:
-                intake.refuse(f"{path}: {found[id]} has its name with another ending. Rename one.", id, path)
+                intake.refuse(f"{path}: {found[id]} makes the same id, {id!r}. Rename one.", id, path)
                 continue
             found[id] = path
     cases = []

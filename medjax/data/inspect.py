@@ -212,7 +212,7 @@ def _check_image(volume: Volume, names: Sequence[str], allow_nonfinite: bool, re
     channels = volume.data if volume.data.ndim == 4 else volume.data[..., None]
     for index, name in enumerate(names[: channels.shape[3]]):
         image = _measure(channels[..., index], volume, digest)
-        if image.low == image.high:
+        if not image.low < image.high:
             report.add(
                 "error",
                 f"{source}{f' ({name})' if len(names) > 1 else ''}: the image is constant (every voxel is "
@@ -232,7 +232,8 @@ def _measure(data: np.ndarray, volume: Volume, digest: str) -> Image:
     with np.errstate(over="ignore", invalid="ignore"):
         sample = flat[::step].astype(np.float64)
         sample = sample[np.isfinite(sample)]
-        low, high = (flat.min(), flat.max()) if not volume.nonfinite else (sample.min(initial=0), sample.max(initial=0))
+        known = flat if not volume.nonfinite else flat[np.isfinite(flat)]
+        low, high = (known.min(), known.max()) if known.size else (np.nan, np.nan)
         percentiles = np.percentile(sample, PERCENTILES) if sample.size else np.full(len(PERCENTILES), np.nan)
         mean, std = (sample.mean(), sample.std()) if sample.size else (np.nan, np.nan)
     return Image(

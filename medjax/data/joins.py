@@ -219,7 +219,9 @@ def complete(where: Path, cohort: Cohort, intake: Intake) -> Cohort:
 
 
 def check_unique(where: Path, cases: Sequence[Case]) -> None:
-    """Raises UserError for an id that two cases have."""
+    """Raises UserError for an id that two cases have, or that is no name for a file (predictions are called by it)."""
+    if bad := next((case.id for case in cases if "/" in case.id or case.id in (".", "..")), None):
+        raise UserError(f"{where}: the id {bad!r} is a path. Give cases ids without '/', such as {Path(bad).name!r}.")
     if twice := [id for id, n in Counter(case.id for case in cases).items() if n > 1]:
         raise UserError(
             f"{where}: the id {twice[0]!r} appears more than once ({len(twice)} such ids). Make ids unique."

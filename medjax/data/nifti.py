@@ -40,8 +40,11 @@ _INFLATE_ERRORS: tuple[type[Exception], ...] = (zlib.error, inflate.error)
 LABEL_TOLERANCE = 1e-3
 """A label value this close to an integer is that integer; scaling factors leave values such as 0.99999997."""
 
+_SLOPE_ROUNDING = 2.0**-22  # of a label's value: float32 slope and float32 result, half a unit in the last place each
 _CHUNK = 1 << 16
+_PIECE = 1 << 20
 _MAX_DEFLATE_RATIO = 1032  # the DEFLATE format cannot expand a byte further (zlib's technical notes)
+_LAST_XFORM_CODE = 5  # of the qform and the sform: NIFTI_XFORM_TEMPLATE_OTHER
 _QFORM_TOLERANCE = 0.05  # voxels that qform and sform may differ by before it is worth a line
 
 _REFUSED_DTYPES = {
@@ -155,12 +158,8 @@ def read_label(
     if like is not None:
         check_same_grid(volume, like)
     data = _as_labels(volume.data, path)
-    found = np.flatnonzero(counts := np.bincount(data.ravel(order="K"))) if data.max() < 1 << 16 else None
     if values is not None:
-        if found is None:
-            found, numbers = np.unique(data, return_counts=True)
-        else:
-            numbers = counts[found]
+        found, numbers = _counted(data)
         declared = {0, *(int(v) for v in values)}
         extra = [(int(v), int(n)) for v, n in zip(found, numbers, strict=True) if int(v) not in declared]
         if extra:
@@ -366,6 +365,11 @@ class _Source:
         offset = float(self.header["vox_offset"])
         if not (np.isfinite(offset) and offset >= 0 and offset == int(offset)):
             raise UserError(f"{header_path}: vox_offset {offset} is not a place in a file. The header is damaged.")
+        if not paired and offset < (first := self.header.single_vox_offset):  # nibabel takes 0, and header for voxels
+            raise UserError(
+                f"{header_path}: vox_offset is {offset:g}, but in a file that holds header and voxels these begin at "
+                f"{first} or later. Export the file again."
+            )
         if paired:
             assert image_path is not None
             stream, skip = self._stream(image_path), int(offset)
@@ -500,6 +504,16 @@ def _parse(block: bytes, size: int, order: str, paired: bool, path: Path) -> tup
                 "spacing in the header, or export the file again."
             )
         notes.append("a voxel spacing in the header (pixdim) is 0; the sform has it and is used")
+    if (np.asarray(header["pixdim"][1:4], np.float64) < 0).any() and int(header["sform_code"]) <= 0:
+        notes.append(
+            "a voxel spacing in the header (pixdim) is negative; it is taken as positive, which the standard asks for, "
+            "but whoever wrote it may have meant that left and right are swapped"
+        )
+    for key in ("qform_code", "sform_code"):
+        # Any code above 0 means that the form is there; nibabel would drop one of a code it does not know.
+        if (code := int(header[key])) > _LAST_XFORM_CODE:
+            notes.append(f"{key} {code} is none the standard knows; it is taken as 1, the scanner's")
+            header[key] = 1
     try:
         header.check_fix(logger=_quiet, error_level=40)
         header.get_data_shape()
@@ -545,6 +559,8 @@ def _scaling(header: Any, path: Path) -> tuple[float, float]:
         slope, inter = header.get_slope_inter()
     except HeaderDataError as error:
         raise UserError(f"{path}: unusable intensity scaling in the header ({error}). Export the file again.") from None
+    if np.isinf(header["scl_slope"]):
+        raise UserError(f"{path}: unusable intensity scaling in the header (slope infinite). Export the file again.")
     return (1.0, 0.0) if slope is None else (float(slope), float(inter or 0.0))
 
 
@@ -572,9 +588,10 @@ def _geometry_notes(header: Any, affine: np.ndarray, shape: tuple[int, ...]) -> 
         if distance > _QFORM_TOLERANCE * min(np.sqrt((affine[:3, :3] ** 2).sum(axis=0))):
             yield f"qform and sform disagree by {distance:.3g} mm; the sform is used, other programs may use the other"
     if cosine := shear(affine):
+        larger = np.prod(np.sqrt((affine[:3, :3] ** 2).sum(axis=0))) / abs(np.linalg.det(affine[:3, :3])) - 1
         yield (
             f"the affine is sheared (gantry tilt? cosine between axes {cosine:.3g}); voxels are taken along the stored "
-            "axes, distances across them are approximate"
+            f"axes: distances across them are approximate, volumes {100 * larger:.2g} % too large"
         )
     if (unit := int(header["xyzt_units"]) & 7) in (1, 3):
         yield f"the header gives lengths in {'metres' if unit == 1 else 'micrometres'}; they are taken as millimetres"
@@ -633,26 +650,50 @@ def _scale(raw: np.ndarray, slope: float, inter: float) -> np.ndarray:
 def _as_labels(data: np.ndarray, path: str | os.PathLike[str]) -> np.ndarray:
     """`data` as the smallest unsigned integers that hold it."""
     if data.dtype.kind == "f":
-        rounded = np.rint(data)
-        off = np.abs(data - rounded)
-        if (worst := float(off.max())) > LABEL_TOLERANCE:
-            values, counts = np.unique(data[off > LABEL_TOLERANCE], return_counts=True)
-            listed = ", ".join(f"{v:g}" for v in values[:8]) + (", ..." if len(values) > 8 else "")
-            raise UserError(
-                f"{path}: {counts.sum()} label values are not integers ({listed}). Was it resampled with "
-                "interpolation, or is it a probability map? Give the mask with one integer a voxel."
-            )
-        if worst > 0:
-            warn_once(f"{path}: label values up to {worst:.2g} off the integers (intensity scaling?) were rounded")
-        data = rounded
+        data = _rounded(data, path)
     low, high = data.min(), data.max()
     if low < 0:
         values, counts = np.unique(data[data < 0], return_counts=True)
         listed = ", ".join(f"{int(v)} ({n} voxels)" for v, n in zip(values[:8], counts[:8], strict=True))
         raise UserError(f"{path}: negative labels {listed}; labels run from 0 (background). Correct the mask.")
-    if high >= 2**32:
-        raise UserError(f"{path}: label {high:.0f} is too large; labels must stay below 2^32. Renumber the mask.")
+    if high >= 2**31:
+        raise UserError(f"{path}: label {high:.0f} is too large; labels must stay below 2^31. Renumber the mask.")
     return data.astype(np.min_scalar_type(int(high)), copy=False)
+
+
+def _rounded(data: np.ndarray, path: str | os.PathLike[str]) -> np.ndarray:
+    """Floating-point labels [X, Y, Z] rounded, slice by slice; UserError where they are no integers."""
+    out, worst = np.empty(data.shape, data.dtype, order="F"), 0.0
+    for index in range(data.shape[2]):
+        part = data[..., index]
+        np.rint(part, out=out[..., index])
+        off = np.abs(part - out[..., index])
+        # A large label's scaling is rounded by more: the slope is a float32.
+        if (off > LABEL_TOLERANCE + _SLOPE_ROUNDING * np.abs(part)).any():
+            break
+        worst = max(worst, float(off.max()))
+    else:
+        if worst > 0:
+            warn_once(f"{path}: label values up to {worst:.2g} off the integers (intensity scaling?) were rounded")
+        return out
+    off = np.abs(data - np.rint(data))
+    values, counts = np.unique(data[off > LABEL_TOLERANCE + _SLOPE_ROUNDING * np.abs(data)], return_counts=True)
+    listed = ", ".join(f"{v:g}" for v in values[:8]) + (", ..." if len(values) > 8 else "")
+    raise UserError(
+        f"{path}: {counts.sum()} label values are not integers ({listed}). Was it resampled with "
+        "interpolation, or is it a probability map? Give the mask with one integer a voxel."
+    )
+
+
+def _counted(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(values, how often each) of a label map; piece by piece, for counting widens what it counts to 64 bits."""
+    if data.dtype.itemsize > 2:
+        return np.unique(data, return_counts=True)
+    flat, counts = data.ravel(order="K"), np.zeros(1 << 8 * data.dtype.itemsize, np.int64)
+    for start in range(0, flat.size, _PIECE):
+        counts += np.bincount(flat[start : start + _PIECE], minlength=counts.size)
+    found = np.flatnonzero(counts)
+    return found, counts[found]
 
 
 # ---------------------------------------------------------------------------------------------------------- writing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import re
@@ -66,20 +67,29 @@ def load_rows(path: Path) -> Rows:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. Correct the path.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-    lines = text.splitlines()
-    if not lines:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}). Save it as UTF-8.") from None
+    # Whole, not by lines: a quoted cell may hold a line's end, and some characters end a line for Python alone.
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    if not first:
         raise UserError(f"{path}: empty. Give a header line and one line a case.")
-    delimiter = max(",;\t", key=lines[0].count)
-    reader = csv.reader(lines, delimiter=delimiter)
-    header = [cell.strip() for cell in next(reader)]
+    # Strict: a quote that is never closed would take the rest of the file for one cell.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count), strict=True)
+    try:
+        lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
+    except csv.Error as error:
+        raise UserError(
+            f"{path}: line {reader.line_num}: {error}. Correct the line; long lists fit into JSON."
+        ) from None
+    header = [cell.strip() for cell in lines[0][1]]
+    # Spreadsheets write columns that were emptied as commas at the end.
+    while header and not header[-1] and all(len(c) == len(header) and not c[-1].strip() for _, c in lines):
+        header.pop()
+        lines = [(number, cells[:-1]) for number, cells in lines]
     if twice := [column for column, n in Counter(header).items() if n > 1]:
         raise UserError(f"{path}: the column {twice[0]!r} appears twice. Rename one.")
     rows = []
-    for cells in reader:
-        if not any(cell.strip() for cell in cells):
-            continue
-        where = f"{path}: line {reader.line_num}"
+    for number, cells in lines[1:]:
+        where = f"{path}: line {number}"
         if len(cells) != len(header):
             raise UserError(f"{where}: {len(cells)} cells where the header has {len(header)}. Quote text with commas.")
         rows.append((where, dict(zip(header, (cell.strip() for cell in cells), strict=True))))

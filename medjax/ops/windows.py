@@ -86,6 +86,8 @@ class SlidingWindow:
         channels_out: K; may be 0 where `pooled_out` is not.
         pooled_out: P. The mean over the windows, each counted once, is returned beside the volume.
         odd: For each axis the channels (of K, then P) that change sign when the volume is mirrored along it: offsets.
+        swap: Pairs of channels of K that trade places when the volume is mirrored along axis 0: the left and the right
+            of something.
         overlap: Least overlap of neighbouring windows, see `positions`.
         batch: Windows a call of the network, B.
         mirror_axes: Test-time mirroring over these axes (0, 1, 2): the network sees a window under all combinations
@@ -115,6 +117,7 @@ class SlidingWindow:
         *,
         pooled_out: int = 0,
         odd: Sequence[Sequence[int]] = ((), (), ()),
+        swap: Sequence[tuple[int, int]] = (),
         overlap: float = 0.5,
         batch: int = 1,
         mirror_axes: Sequence[int] = (),
@@ -145,6 +148,9 @@ class SlidingWindow:
         for axis, channels in enumerate(odd):
             signs[axis, list(channels)] = -1.0
         self._signs = signs
+        self._other_side = np.arange(channels_out)
+        for left, right in swap:
+            self._other_side[[left, right]] = right, left
         self.overlap = overlap
         self.compiles = 0
         self._apply_fn = apply_fn
@@ -279,6 +285,8 @@ class SlidingWindow:
             if (self._signs < 0).any():
                 sign = jnp.where(flips[number][:, None], self._signs, 1.0).prod(0)
                 y, whole = y * sign[: self.channels_out], whole * sign[self.channels_out :]
+            if (self._other_side != np.arange(self.channels_out)).any():
+                y = jnp.where(flips[number][0], y[..., self._other_side], y)
             return total[0] + flipped(y, flips[number]), total[1] + whole
 
         empty = jnp.zeros((*batch.shape[:4], self.channels_out)), jnp.zeros((len(batch), self.pooled_out))

@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medjax import config as config_lib
+from medjax.augment import sides
 from medjax.data import cohort as cohorts
 from medjax.data import dataset, pipeline, preprocess, sampler
 from medjax.errors import UserError
@@ -26,8 +27,6 @@ FOLDS = 5
 CROP_BELOW = 0.95  # median share of voxels inside the non-zero box under which cropping to it is worth while
 MASKED_BELOW = 0.75  # ... under which the zeros are background: intensities are measured without them
 _CT = re.compile(r"(?<![a-z])(ce|nc|lr|hr|ld)?ct(?![a-z])", re.IGNORECASE)
-_SIDES = re.compile(r"(?<![a-z])(left|right|lh|rh)(?![a-z])", re.IGNORECASE)
-_OTHER = {"left": "right", "right": "left", "lh": "rh", "rh": "lh"}
 _RESIDUAL = "resenc"  # nnU-Net's network with residual encoder among `models.BACKBONES`
 
 # How a recipe trains that has no opinion of its own. On a GPU nnU-Net's schedule; on a CPU one that ends the same day.
@@ -106,7 +105,9 @@ def make(
         spacing = planned_spacing(config.data.preprocess.spacing, seen.spacings, shapes)
         config.data.preprocess.spacing = spacing
         if config.augment.policy and not {"augment", "augment.mirror", "augment.swap"} & given:
-            config.augment.mirror, config.augment.swap, said = mirroring(cohort.labels)
+            config.augment.mirror, config.augment.swap, said = mirroring(
+                cohort.labels, config.data.preprocess.orientation
+            )
             notes += said
     at_target = rules.resampled(shapes, seen.spacings, spacing)
     median = tuple(float(n) for n in np.median(at_target, axis=0))
@@ -226,7 +227,7 @@ def divide(
         old, new = group[b], group[a]
         group = {id: new if g == old else g for id, g in group.items()}
     patients = set(group.values())
-    rest = {case.id: "unlabelled" for case in pool if case.id not in group}
+    rest = {case.id: cohorts.UNUSED for case in pool if case.id not in group}
     rest |= {id: name for name, ids in own.items() if name != "train" for id in ids}
     if len(patients) >= 2:
         dealt = dataclasses.replace(
@@ -237,8 +238,8 @@ def divide(
         for i in range(k):
             parts = cohorts.split(dealt, {"folds": k, "fold": i}, config.seed, check_content=False)
             folds.append({c.id: name for name, part in parts.items() for c in part} | rest)
-    elif "unlabelled" in rest.values():
-        folds = [dict.fromkeys(group, "train") | {id: "val" if s == "unlabelled" else s for id, s in rest.items()}]
+    elif others := [c.id for c in pool if c.id in rest and c.group not in {case.group for case in labelled}]:
+        folds = [dict.fromkeys(group, "train") | rest | dict.fromkeys(others, "val")]
     else:
         raise UserError(
             f"{cohort.name}: all {len(labelled)} labelled case(s) are of one patient, so that none is left to validate "
@@ -298,18 +299,24 @@ def intensity_rules(
     return crop, table, notes
 
 
-def mirroring(labels: Mapping[str, int]) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...], list[str]]:
-    """`(axes, swap, notes)`: all axes; labels of the left trade places with those of the right, or axis 0 stays."""
-    sided = {name.lower(): value for name, value in labels.items() if _SIDES.search(name)}
-    twin = {name: _SIDES.sub(lambda m: _OTHER[m[0].lower()], name) for name in sided}
-    if lonely := [name for name, other in twin.items() if other not in sided]:
-        return (
-            (1, 2),
-            (),
-            [f"label '{lonely[0]}' has no counterpart on the other side: no mirroring from left to right"],
-        )
-    pairs = {tuple(sorted((sided[name], sided[other]))) for name, other in twin.items()}
-    return (0, 1, 2), tuple((a, b) for a, b in sorted(pairs)), []
+def mirroring(
+    labels: Mapping[str, int], orientation: str = "RAS"
+) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...], list[str]]:
+    """`(axes, swap, notes)`: all axes; labels of the left trade places with those of the right, or that axis stays."""
+    pairs, lonely, unlike = sides.sided(labels)
+    side = sides.axis_of(orientation)
+    swap = tuple(sorted((min(labels[a], labels[b]), max(labels[a], labels[b])) for a, b in pairs))
+    why = ""
+    if lonely:
+        why = f"label '{lonely[0]}' has no counterpart on the other side"
+    elif unlike:
+        why = f"label '{unlike[0]}' may have a side, and no other label is sure to be its mirror image"
+    elif swap and side:
+        why = f"labels trade places along axis 0 only, and left and right is axis {side} of '{orientation}'"
+    if why:
+        axes = tuple(axis for axis in range(3) if axis != side)
+        return axes, (), [f"{why}: no mirroring from left to right"]
+    return (0, 1, 2), swap, []
 
 
 class _Planner:

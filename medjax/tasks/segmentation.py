@@ -194,6 +194,8 @@ class Segmentation(Defaults):
         With regions and an `ignore` value adds `<task>/counted`, bool [B, X, Y, Z].
         """
         values = batch[f"{self.name}/target"]
+        if max(*self.foreground.values(), self.ignore) > jnp.iinfo(values.dtype).max:
+            values = values.astype(jnp.int32)  # a label that no training case has may not fit in the masks' type
         if self.regions:
             member = [jnp.isin(values, jnp.asarray(v, values.dtype)) for v in self.classes.values()]
             extra = {f"{self.name}/counted": values != self.ignore} if self.ignore >= 0 else {}
