@@ -23,6 +23,7 @@ import numpy as np
 
 from medjax import config as config_lib
 from medjax import runtime
+from medjax.augment import sides
 from medjax.errors import UserError, run_program, warn_once
 from medjax.ops.windows import SlidingWindow
 from medjax.predict import Run, find_inputs, read_case, write_table
@@ -326,8 +327,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def views(config: Any) -> tuple[int, ...]:
     """Axes along which a run's volumes were flipped in training, labels staying what they are."""
-    axes = config.eval.mirror or (() if config.augment.get("swap") else config.augment.mirror)
-    return tuple(int(axis) for axis in axes)
+    _, swap = sides.mirrored(config.augment)
+    # Where labels trade places, axis 0 is no view: what is left in one is right in the other.
+    return tuple(int(axis) for axis in config.eval.mirror or config.augment.mirror if axis or not swap)
 
 
 if __name__ == "__main__":

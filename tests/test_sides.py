@@ -114,7 +114,7 @@ class _KnowsItsSide:
         low, high, nothing = towards, -towards, jnp.zeros_like(towards)
         return {
             "organ": [jnp.concatenate([nothing, nothing - 9, low, high], -1)],
-            "parts": [jnp.concatenate([nothing, high, low], -1)],  # regions: from the largest to the smallest
+            "parts": [jnp.concatenate([nothing, low, high], -1)],
             "hips": [jnp.concatenate([low, high, nothing], -1)],
         }
 
@@ -127,7 +127,7 @@ def test_averaged_over_mirrors_left_stays_left():
     for axes in ((), (0, 1)):
         swap = ((5, 2), ("hips", 1, 2))
         config, built = run_of(job, KIDNEYS, augment={"mirror": (0,), "swap": swap}, eval={"mirror": axes})
-        assert list(built["parts"].classes) == ["all", "right", "left"]
+        assert list(built["parts"].classes) == ["all", "left", "right"]
         found[axes] = predict.Predictor(config, _KnowsItsSide(), built)({}, volume)
     for name, expected in found[()].items():
         assert expected.std() > 0.1

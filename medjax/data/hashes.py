@@ -64,7 +64,10 @@ def remembered(function: Callable[[Path], str], paths: Iterable[str | os.PathLik
 
 def stamp(file: Path) -> Stamp:
     """What tells whether an image changed, of each file it consists of (a .hdr has its voxels in an .img)."""
-    found = [os.stat(part) for part in files_of(file)]
+    try:
+        found = [os.stat(part) for part in files_of(file)]
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}. Correct the path or fetch the file.") from None
     return [[status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino] for status in found]
 
 

@@ -194,7 +194,7 @@ def complete(where: Path, cohort: Cohort, intake: Intake) -> Cohort:
     """The cohort after the checks every layout shares: unique ids, files that exist, names left out that are there."""
     cases = tuple(case for case in cohort.cases if intake.wants(case.id, case.group))
     check_unique(where, cases)
-    absent = [(case.id, file) for case in cases for file in all_files(case) if not file.exists()]
+    absent = [(case.id, file) for case in cases for file in all_files(case) if not _exists(file)]
     if absent and not intake.tolerant:
         listed = ", ".join(f"{file} (case {id})" for id, file in absent[:_LISTED])
         more = f" and {len(absent) - _LISTED} more" if len(absent) > _LISTED else ""
@@ -218,10 +218,20 @@ def complete(where: Path, cohort: Cohort, intake: Intake) -> Cohort:
     return replace(cohort, cases=cases, splits=splits, left_out=frozenset(intake.left_out - ids))
 
 
+def _exists(file: Path) -> bool:
+    try:
+        return file.exists()
+    except OSError as error:  # a folder that may not be entered, a name too long
+        raise UserError(f"{file}: cannot be read: {error.strerror}. Correct the path or its permissions.") from None
+
+
 def check_unique(where: Path, cases: Sequence[Case]) -> None:
-    """Raises UserError for an id that two cases have, or that is no name for a file (predictions are called by it)."""
-    if bad := next((case.id for case in cases if "/" in case.id or case.id in (".", "..")), None):
-        raise UserError(f"{where}: the id {bad!r} is a path. Give cases ids without '/', such as {Path(bad).name!r}.")
+    """Raises UserError for an id that two cases have, or that leads out of the folder of predictions."""
+    if bad := next((case.id for case in cases if case.id[:1] == "/" or {".", ".."} & {*case.id.split("/")}), None):
+        raise UserError(
+            f"{where}: the id {bad!r} leads out of the folder that predictions are written to. Give cases ids such as "
+            f"{Path(bad).name!r}."
+        )
     if twice := [id for id, n in Counter(case.id for case in cases).items() if n > 1]:
         raise UserError(
             f"{where}: the id {twice[0]!r} appears more than once ({len(twice)} such ids). Make ids unique."

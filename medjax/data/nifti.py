@@ -15,6 +15,7 @@ import importlib
 import io
 import itertools
 import logging
+import math
 import os
 import re
 import struct
@@ -404,7 +405,7 @@ class _Source:
         start = file.read(132)
         file.seek(0)
         for magic, words in _FOREIGN:
-            if start.startswith(magic):
+            if start.startswith(magic) or (magic[:1] == b"<" and start.lstrip().lower().startswith(magic.lower())):
                 raise UserError(f"{path}: {words}.")
         if start[128:] == b"DICM":
             raise UserError(f"{path}: a DICOM file. Convert its series to NIfTI first (dcm2niix).")
@@ -588,7 +589,8 @@ def _geometry_notes(header: Any, affine: np.ndarray, shape: tuple[int, ...]) -> 
         if distance > _QFORM_TOLERANCE * min(np.sqrt((affine[:3, :3] ** 2).sum(axis=0))):
             yield f"qform and sform disagree by {distance:.3g} mm; the sform is used, other programs may use the other"
     if cosine := shear(affine):
-        larger = np.prod(np.sqrt((affine[:3, :3] ** 2).sum(axis=0))) / abs(np.linalg.det(affine[:3, :3])) - 1
+        volume = abs(np.linalg.det(affine[:3, :3])) or math.inf  # 0: a singular affine is refused elsewhere
+        larger = np.prod(np.sqrt((affine[:3, :3] ** 2).sum(axis=0))) / volume - 1
         yield (
             f"the affine is sheared (gantry tilt? cosine between axes {cosine:.3g}); voxels are taken along the stored "
             f"axes: distances across them are approximate, volumes {100 * larger:.2g} % too large"
