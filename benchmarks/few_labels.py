@@ -51,6 +51,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def pretrain(recipe: str, arg: str, out: Path, seeds: Sequence[int]) -> None:
+    """Pretrains the network of each seed, or goes on with it, in `out/pretrained`."""
     for seed in seeds:
         folder = out / "pretrained" / f"seed{seed}"
         given = ",".join(filter(None, [arg, "arm=pretrain"]))
