@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -114,19 +113,10 @@ def _torch(case: str, dtype: str, mode: str, variant: str) -> Setup:
 
             return train if mode == "train" else infer
 
-        def seconds(run: Callable[[], None]) -> float:
-            run()
-            taken = []
-            for _ in range(3):
-                start = time.perf_counter()
-                run()
-                taken.append(time.perf_counter() - start)
-            return min(taken)
-
         formats = (torch.contiguous_format, torch.channels_last_3d)
         layouts = {str(f).rsplit(".", 1)[-1]: f for f in formats[: 2 if case.startswith("mednext") else 1]}
         runs = {name: make(layout) for name, layout in layouts.items()}
-        best = min(runs, key=lambda name: seconds(runs[name])) if len(runs) > 1 else next(iter(runs))
+        best = harness.fastest(runs)
         return runs[best], {"torch": torch.__version__, "monai": monai.__version__, "torch_layout": best}
 
     return setup
@@ -134,25 +124,9 @@ def _torch(case: str, dtype: str, mode: str, variant: str) -> Setup:
 
 def _work(side: str, case: str, dtype: str, mode: str) -> None:
     if side == "ours":
-        from medjax import runtime
-
-        runtime.ensure_tuned_allocator()
-
-        def imports() -> None:
-            import flax.linen  # noqa: F401
-            import jax
-
-            jax.config.update("jax_platforms", "cpu")
-            jax.devices()
-
-        harness.serve(_ours(case, dtype, mode), imports)
+        harness.serve_jax(_ours(case, dtype, mode), "flax.linen")
     else:
-
-        def imports() -> None:
-            import monai.networks.nets  # noqa: F401
-            import torch  # noqa: F401
-
-        harness.serve(_torch(case, dtype, mode, side), imports)
+        harness.serve_peer(_torch(case, dtype, mode, side), "torch", "monai.networks.nets")
 
 
 def main() -> None:

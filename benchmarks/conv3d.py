@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -115,16 +114,9 @@ def _torch(case: Case, dtype: str, mode: str) -> Setup:
 
             return train
 
-        def seconds(run: Callable[[], Any]) -> float:
-            run()
-            start = time.perf_counter()
-            for _ in range(5):
-                run()
-            return time.perf_counter() - start
-
         layouts = {str(f).rsplit(".", 1)[-1]: f for f in (torch.contiguous_format, torch.channels_last_3d)}
         runs = {name: make(layout) for name, layout in layouts.items()}
-        best = min(runs, key=lambda name: seconds(runs[name]))
+        best = harness.fastest(runs)
         return runs[best], {"torch": torch.__version__, "torch_layout": best}
 
     return setup
@@ -132,23 +124,9 @@ def _torch(case: Case, dtype: str, mode: str) -> Setup:
 
 def _work(side: str, case: str, dtype: str, mode: str) -> None:
     if side == "ours":
-        from medjax import runtime
-
-        runtime.ensure_tuned_allocator()
-
-        def imports() -> None:
-            import jax
-
-            jax.config.update("jax_platforms", "cpu")
-            jax.devices()
-
-        harness.serve(_ours(CASES[case], dtype, mode), imports)
+        harness.serve_jax(_ours(CASES[case], dtype, mode))
     else:
-
-        def imports() -> None:
-            import torch  # noqa: F401
-
-        harness.serve(_torch(CASES[case], dtype, mode), imports)
+        harness.serve_peer(_torch(CASES[case], dtype, mode), "torch")
 
 
 def main() -> None:

@@ -11,13 +11,14 @@ Only the standard library is imported: a peer's interpreter need not have what o
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,11 @@ def _memory_kb(field: str) -> int:
     return 0
 
 
-def serve(setup: Callable[[], tuple[Callable[[], Any], dict[str, str]]], imports: Callable[[], Any]) -> None:
+Setup = Callable[[], tuple[Callable[[], Any], dict[str, str]]]
+"""Makes a side ready: (one repetition, versions)."""
+
+
+def serve(setup: Setup, imports: Callable[[], Any]) -> None:
     """The worker's side: `imports()`, then `setup()` -> (one repetition, versions), then repetitions on demand.
 
     Answers each line of standard input with one JSON line: "go" with the seconds of a repetition, "end" with the
@@ -58,6 +63,43 @@ def serve(setup: Callable[[], tuple[Callable[[], Any], dict[str, str]]], imports
         start = time.perf_counter()
         repeat()
         print(json.dumps(time.perf_counter() - start), file=answers, flush=True)
+
+
+def serve_jax(setup: Setup, *modules: str) -> None:
+    """`serve` on medjax's side: with its allocator, on the CPU; `modules` are imported beside JAX."""
+    from medjax import runtime
+
+    runtime.ensure_tuned_allocator()
+
+    def imports() -> None:
+        import jax
+
+        for name in modules:
+            importlib.import_module(name)
+        jax.config.update("jax_platforms", "cpu")
+        jax.devices()
+
+    serve(setup, imports)
+
+
+def serve_peer(setup: Setup, *modules: str) -> None:
+    """`serve` on a peer's side; `modules` are those whose import its memory leaves out."""
+    serve(setup, lambda: [importlib.import_module(name) for name in modules])
+
+
+def fastest(options: Mapping[str, Callable[[], Any]], turns: int = 3) -> str:
+    """Which of them takes least time at its best of `turns`, after one to warm up."""
+
+    def seconds(run: Callable[[], Any]) -> float:
+        run()
+        taken = []
+        for _ in range(turns):
+            start = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - start)
+        return min(taken)
+
+    return min(options, key=lambda name: seconds(options[name])) if len(options) > 1 else next(iter(options))
 
 
 class Worker:

@@ -47,8 +47,6 @@ VOLUMES: dict[str, tuple[tuple[int, int, int], tuple[float, float, float], int]]
 _PEERS = {"patches": ("monai", "nnunet"), "preprocess": ("monai", "torchio")}
 _SIZES = {"patches": ("mr4", "ct1"), "preprocess": ("mr4", "thick"), "memory": ("mr4",), "soak": ("mr4",)}
 
-Setup = Callable[[], tuple[Callable[[], Any], dict[str, str]]]
-
 
 def write_cohort(folder: Path, kind: str, count: int, suffix: str) -> None:
     """`count` synthetic cases in Decathlon layout: a textured head in nothing, a lesion of three parts."""
@@ -105,34 +103,26 @@ def _versions(*names: str) -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
-def _fastest(options: dict[str, Callable[[], Any]], repeat: int = 2) -> tuple[str, Callable[[], Any]]:
-    """The option that takes least time for a repetition."""
-    taken = {}
-    for name, run in options.items():
-        run()
-        start = time.perf_counter()
-        for _ in range(repeat):
-            run()
-        taken[name] = time.perf_counter() - start
-    best = min(taken, key=lambda name: taken[name])
-    return best, options[best]
-
-
 # ------------------------------------------------------------------------------------------------------------- patches
 
 
-def _patches_ours(folder: Path, count: int, patches: int) -> Setup:
+def _batches(stored: Sequence[Any], cases: Sequence[Any], plan: Any) -> Iterator[Any]:
+    """Batches as a run would read them from the store."""
+    from medjax.data import pipeline
+
+    source = pipeline.Source(stored, ("segmentation",))
+    sampling = {"classes": "balanced", "balance": "", "weight": ""}
+    sampler = pipeline.make_sampler(0, source, cases, foreground=0.5, labels=plan.labels, sampling=sampling)
+    return pipeline.train_batches(source, sampler, patch=(PATCH,) * 3, batch_size=BATCH, workers=WORKERS)
+
+
+def _patches_ours(folder: Path, count: int, patches: int) -> harness.Setup:
     def setup() -> tuple[Callable[[], Any], dict[str, str]]:
-        from medjax.data import pipeline, store
+        from medjax.data import store
 
         cases, plan = _cohort(folder, count, {"normalize": "zscore_nonzero"})
         opened, _ = store.prepare(folder / "store", "benchmark", plan, {"train": cases}, WORKERS)
-        source = pipeline.Source(opened["train"], ("segmentation",))
-        sampler = pipeline.make_sampler(
-            0, source, cases, foreground=0.5, labels=plan.labels,
-            sampling={"classes": "balanced", "balance": "", "weight": ""},
-        )  # fmt: skip
-        batches = pipeline.train_batches(source, sampler, patch=(PATCH,) * 3, batch_size=BATCH, workers=WORKERS)
+        batches = _batches(opened["train"], cases, plan)
 
         def run() -> None:
             for batch in islice(batches, patches // BATCH):
@@ -147,7 +137,7 @@ def _patches_ours(folder: Path, count: int, patches: int) -> Setup:
     return setup
 
 
-def _patches_monai(folder: Path, count: int, patches: int) -> Setup:
+def _patches_monai(folder: Path, count: int, patches: int) -> harness.Setup:
     def setup() -> tuple[Callable[[], Any], dict[str, str]]:
         import numpy as np
         import torch
@@ -200,13 +190,13 @@ def _patches_monai(folder: Path, count: int, patches: int) -> Setup:
             return run
 
         options = {f"{n} a volume, {w} workers": runner(n, w) for n in (1, 4) for w in (0, WORKERS)}
-        name, run = _fastest(options)
-        return run, {**_versions("monai", "torch"), "setting": name}
+        name = harness.fastest(options)
+        return options[name], {**_versions("monai", "torch"), "setting": name}
 
     return setup
 
 
-def _patches_nnunet(folder: Path, count: int, patches: int) -> Setup:
+def _patches_nnunet(folder: Path, count: int, patches: int) -> harness.Setup:
     def setup() -> tuple[Callable[[], Any], dict[str, str]]:
         import warnings
         from types import SimpleNamespace
@@ -258,8 +248,9 @@ def _patches_nnunet(folder: Path, count: int, patches: int) -> Setup:
 
         alone = runner(loader())
         spread = runner(NonDetMultiThreadedAugmenter(loader(), None, WORKERS, 2, pin_memory=False))
-        name, run = _fastest({"alone": alone, f"{WORKERS} processes": spread})
-        return run, {**_versions("nnunetv2", "blosc2", "torch"), "setting": name}
+        options = {"alone": alone, f"{WORKERS} processes": spread}
+        name = harness.fastest(options)
+        return options[name], {**_versions("nnunetv2", "blosc2", "torch"), "setting": name}
 
     return setup
 
@@ -267,7 +258,7 @@ def _patches_nnunet(folder: Path, count: int, patches: int) -> Setup:
 # ---------------------------------------------------------------------------------------------------------- preprocess
 
 
-def _preprocess_ours(folder: Path, count: int, mode: str) -> Setup:
+def _preprocess_ours(folder: Path, count: int, mode: str) -> harness.Setup:
     del mode  # cubic in both
 
     def setup() -> tuple[Callable[[], Any], dict[str, str]]:
@@ -280,7 +271,7 @@ def _preprocess_ours(folder: Path, count: int, mode: str) -> Setup:
     return setup
 
 
-def _preprocess_monai(folder: Path, count: int, mode: str) -> Setup:
+def _preprocess_monai(folder: Path, count: int, mode: str) -> harness.Setup:
     def setup() -> tuple[Callable[[], Any], dict[str, str]]:
         import torch
         from monai import transforms as mt
@@ -302,7 +293,7 @@ def _preprocess_monai(folder: Path, count: int, mode: str) -> Setup:
     return setup
 
 
-def _preprocess_torchio(folder: Path, count: int, mode: str) -> Setup:
+def _preprocess_torchio(folder: Path, count: int, mode: str) -> harness.Setup:
     def setup() -> tuple[Callable[[], Any], dict[str, str]]:
         import SimpleITK
         import torch
@@ -347,7 +338,7 @@ def _memory(folder: Path, count: int, patches: int) -> None:
     """Prints what building a store, and then reading from it, take beyond the baseline, in volumes."""
     import numpy as np
 
-    from medjax.data import pipeline, store
+    from medjax.data import store
 
     cases, plan = _cohort(folder, count, {"spacing": (1.0, 1.0, 1.0), "normalize": "zscore_nonzero"})
     volume = np.prod(plan.prepared_shape(cases[0])) * (4 * len(plan.modalities) + 1) / 2**20
@@ -362,12 +353,7 @@ def _memory(folder: Path, count: int, patches: int) -> None:
         line = {"bench": "loader", "case": "build", "mode": "memory", "workers": workers, "volume_mb": round(volume, 1)}
         line |= {"peak_mb": round(peak, 1), "volumes_per_worker": round(peak / volume / workers, 2)}
         print(json.dumps({**line, "volumes_per_s": round(count / seconds, 2)}), flush=True)
-    source = pipeline.Source(opened["train"], ("segmentation",))
-    sampler = pipeline.make_sampler(
-        0, source, cases, foreground=0.5, labels=plan.labels,
-        sampling={"classes": "balanced", "balance": "", "weight": ""},
-    )  # fmt: skip
-    batches = pipeline.train_batches(source, sampler, patch=(PATCH,) * 3, batch_size=BATCH, workers=WORKERS)
+    batches = _batches(opened["train"], cases, plan)
     next(batches)
     resident = []
     for _ in range(10):
@@ -383,16 +369,11 @@ def _memory(folder: Path, count: int, patches: int) -> None:
 
 def _soak(folder: Path, count: int, minutes: float) -> None:
     """Prints the resident memory (all, and without what is mapped from files) at twelve moments of a long read."""
-    from medjax.data import pipeline, store
+    from medjax.data import store
 
     cases, plan = _cohort(folder, count, {"normalize": "zscore_nonzero"})
     opened, _ = store.prepare(folder / "store", "benchmark", plan, {"train": cases}, WORKERS)
-    source = pipeline.Source(opened["train"], ("segmentation",))
-    sampler = pipeline.make_sampler(
-        0, source, cases, foreground=0.5, labels=plan.labels,
-        sampling={"classes": "balanced", "balance": "", "weight": ""},
-    )  # fmt: skip
-    batches = pipeline.train_batches(source, sampler, patch=(PATCH,) * 3, batch_size=BATCH, workers=WORKERS)
+    batches = _batches(opened["train"], cases, plan)
     resident, private, read = [], [], 0
     start, moments = time.monotonic(), 12
     for moment in range(moments):
@@ -406,7 +387,7 @@ def _soak(folder: Path, count: int, minutes: float) -> None:
     print(json.dumps({**line, "resident_mb": resident, "private_mb": private}), flush=True)
 
 
-_SIDES: dict[tuple[str, str], Callable[[Path, int, Any], Setup]] = {
+_SIDES: dict[tuple[str, str], Callable[[Path, int, Any], harness.Setup]] = {
     ("patches", "ours"): _patches_ours,
     ("patches", "monai"): _patches_monai,
     ("patches", "nnunet"): _patches_nnunet,
@@ -421,12 +402,9 @@ def _work(what: str, side: str, folder: str, count: str, argument: str) -> None:
         return _memory(Path(folder), int(count), int(argument))
     if what == "soak":
         return _soak(Path(folder), int(count), float(argument))
-    if side == "ours":
-        from medjax import runtime
-
-        runtime.ensure_tuned_allocator()
     value: Any = int(argument) if what == "patches" else argument
-    return harness.serve(_SIDES[what, side](Path(folder), int(count), value), lambda: None)
+    setup = _SIDES[what, side](Path(folder), int(count), value)
+    return harness.serve_jax(setup) if side == "ours" else harness.serve_peer(setup)
 
 
 def main() -> None:

@@ -233,25 +233,9 @@ def _torch(case: str, dtype: str, ratio: float, variant: str) -> Setup:
 
 def _work(side: str, case: str, dtype: str, ratio: str) -> None:
     if side == "ours":
-        from medjax import runtime
-
-        runtime.ensure_tuned_allocator()
-
-        def imports() -> None:
-            import flax.linen  # noqa: F401
-            import jax
-            import optax  # noqa: F401
-
-            jax.config.update("jax_platforms", "cpu")
-            jax.devices()
-
-        harness.serve(_ours(case, dtype, float(ratio)), imports)
+        harness.serve_jax(_ours(case, dtype, float(ratio)), "flax.linen", "optax")
     else:
-
-        def imports() -> None:
-            import torch  # noqa: F401
-
-        harness.serve(_torch(case, dtype, float(ratio), side), imports)
+        harness.serve_peer(_torch(case, dtype, float(ratio), side), "torch")
 
 
 def main() -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -161,18 +160,9 @@ def _torch(case: str, dtype: str, mode: str, variant: str) -> Setup:
 
             return train if mode == "train" else infer
 
-        def seconds(run: Callable[[], None]) -> float:
-            run()
-            taken = []
-            for _ in range(3):
-                start = time.perf_counter()
-                run()
-                taken.append(time.perf_counter() - start)
-            return min(taken)
-
         layouts = {str(f).rsplit(".", 1)[-1]: f for f in (torch.contiguous_format, torch.channels_last_3d)}
         runs = {name: make(layout, variant != "eager") for name, layout in layouts.items()}
-        best = min(runs, key=lambda name: seconds(runs[name]))
+        best = harness.fastest(runs)
         return runs[best], {"torch": torch.__version__, "torch_layout": best}
 
     return setup
@@ -180,25 +170,9 @@ def _torch(case: str, dtype: str, mode: str, variant: str) -> Setup:
 
 def _work(side: str, case: str, dtype: str, mode: str) -> None:
     if side == "ours":
-        from medjax import runtime
-
-        runtime.ensure_tuned_allocator()
-
-        def imports() -> None:
-            import flax.linen  # noqa: F401
-            import jax
-            import optax  # noqa: F401
-
-            jax.config.update("jax_platforms", "cpu")
-            jax.devices()
-
-        harness.serve(_ours(case, dtype, mode), imports)
+        harness.serve_jax(_ours(case, dtype, mode), "flax.linen", "optax")
     else:
-
-        def imports() -> None:
-            import torch  # noqa: F401
-
-        harness.serve(_torch(case, dtype, mode, side), imports)
+        harness.serve_peer(_torch(case, dtype, mode, side), "torch")
 
 
 def main() -> None:
