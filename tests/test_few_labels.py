@@ -41,7 +41,8 @@ def test_every_arm_has_the_same_time() -> None:
         spent = steps(config) * study.COST[arm] * 0.5
         if arm in study.PRETRAINED:
             assert config.init.source == "runs/few_labels/pretrained/seed{seed}"
-            spent += 0.5 * steps(resolved("arm=pretrain,seconds=200,step=0.5,pretrain=0.25"))
+            pretraining = steps(resolved("arm=pretrain,seconds=200,step=0.5,pretrain=0.25"))
+            spent += pretraining * study.COST["pretrain"] * 0.5
         else:
             assert not config.init.source
         assert spent == pytest.approx(200, abs=1)
