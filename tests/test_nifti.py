@@ -330,6 +330,22 @@ def test_a_negative_pixdim_alone_is_told(tmp_path):
     assert any("(pixdim) is negative" in note for note in volume.notes)
 
 
+@pytest.mark.parametrize(
+    ("unit", "edge", "words"),
+    [(1, 2.0, "metres; they are taken"), (3, 25.0, "micrometres; they are taken"), (1, 0.002, ""), (3, 500.0, "")],
+)
+def test_another_unit_is_told_and_refused_where_it_cannot_be_a_mistake(tmp_path, unit, edge, words):
+    blob = bytearray(save(tmp_path / "a.nii", voxels(), np.diag([edge, edge, edge, 1])).read_bytes())
+    blob[123] = unit
+    (tmp_path / "a.nii").write_bytes(blob)
+    if words:
+        assert words in nifti.read(tmp_path / "a.nii").notes[0]
+        return
+    for function in (nifti.read, nifti.read_grid):
+        with pytest.raises(UserError, match=r"a\.nii: the header gives lengths in .*metres, and voxels of .* x"):
+            function(tmp_path / "a.nii")
+
+
 def test_a_sheared_grid_says_by_how_much_volumes_are_off(tmp_path):
     affine = np.diag([1, 1, 5, 1.0])
     affine[1, 2] = 5 * np.tan(np.deg2rad(20))  # gantry tilt

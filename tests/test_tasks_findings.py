@@ -243,6 +243,15 @@ def known(*tables, columns=("malignant",)) -> list[Known]:
     ]
 
 
+def test_findings_without_a_size_are_told(capsys, monkeypatch):
+    monkeypatch.setattr("medjax.errors._said", set())
+    SIMPLE.fit(known([[5, 5, 5, 0, 0, 0, 1, 0], [9, 9, 9, 9, 9, 9, 2, 1]]))
+    assert "1 of 2 findings have no size" in capsys.readouterr().err
+    point = np.array([[5.0, 5, 5, 0, 0, 0, 1, 0]])
+    near = [Found(SIMPLE.names[0], 0.9, (5.0, 5.0, 5.5), (4.0, 4.0, 4.0), {"malignant": 0.5})]
+    assert [row["event"] for row in SIMPLE.score(near, point, SPACING)][:2] == ["missed", "false"]
+
+
 def test_detection_learns_and_refuses():
     rows = [[5, 5, 5, 4, 4, 4, 1, 0], [9, 9, 9, 9, 9, 9, 2, 1]]
     learnt = SIMPLE.fit(known(rows, []))

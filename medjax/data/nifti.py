@@ -46,6 +46,7 @@ _CHUNK = 1 << 16
 _PIECE = 1 << 20
 _MAX_DEFLATE_RATIO = 1032  # the DEFLATE format cannot expand a byte further (zlib's technical notes)
 _LAST_XFORM_CODE = 5  # of the qform and the sform: NIFTI_XFORM_TEMPLATE_OTHER
+_EDGES = (5e-3, 100.0)  # mm that a voxel's edge may have where the header names another unit, mostly by mistake
 _QFORM_TOLERANCE = 0.05  # voxels that qform and sform may differ by before it is worth a line
 
 _REFUSED_DTYPES = {
@@ -567,11 +568,24 @@ def _scaling(header: Any, path: Path) -> tuple[float, float]:
 
 def _affine(header: Any, path: Path) -> np.ndarray:
     try:
-        return np.asarray(header.get_best_affine(), np.float64)
+        affine = np.asarray(header.get_best_affine(), np.float64)
     except (HeaderDataError, ValueError) as error:
         raise UserError(
             f"{path}: the qform in the header is no rotation ({error}). Set a valid qform or sform, or export it again."
         ) from None
+    edges = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    if (unit := _unit(header)) and ((edges < _EDGES[0]) | (edges > _EDGES[1])).any():
+        listed = " x ".join(f"{edge:.4g}" for edge in edges)
+        raise UserError(
+            f"{path}: the header gives lengths in {unit}, and voxels of {listed}, which can be no millimetres. Write "
+            "qform, sform, pixdim and xyzt_units in millimetres."
+        )
+    return affine
+
+
+def _unit(header: Any) -> str:
+    """The unit of lengths where the header names another than millimetres."""
+    return {1: "metres", 3: "micrometres"}.get(int(header["xyzt_units"]) & 7, "")
 
 
 def _geometry_notes(header: Any, affine: np.ndarray, shape: tuple[int, ...]) -> Iterator[str]:
@@ -595,8 +609,8 @@ def _geometry_notes(header: Any, affine: np.ndarray, shape: tuple[int, ...]) -> 
             f"the affine is sheared (gantry tilt? cosine between axes {cosine:.3g}); voxels are taken along the stored "
             f"axes: distances across them are approximate, volumes {100 * larger:.2g} % too large"
         )
-    if (unit := int(header["xyzt_units"]) & 7) in (1, 3):
-        yield f"the header gives lengths in {'metres' if unit == 1 else 'micrometres'}; they are taken as millimetres"
+    if unit := _unit(header):
+        yield f"the header gives lengths in {unit}; they are taken as millimetres"
 
 
 # ----------------------------------------------------------------------------------------------------------- voxels

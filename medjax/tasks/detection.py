@@ -140,6 +140,11 @@ class Detection(Defaults):
         if missing:
             warn_once(f"task '{self.name}': no training case has {', '.join(missing)}; the network cannot learn it")
         sizes = rows[:, 3:6][(rows[:, 3:6] > 0).all(axis=1)]
+        if points := int((rows[:, 3:6].mean(axis=1) == 0).sum()):
+            warn_once(
+                f"task '{self.name}': {points} of {len(rows)} findings have no size. Within a radius of 0 lies "
+                "nothing, so they always count as missed: give them the size within which a candidate is right"
+            )
         moments = []
         for name, kind in self.attributes:
             values = rows[:, LABEL + 1 + columns.index(name)]
