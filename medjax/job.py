@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medjax import config as config_lib
-from medjax import evaluate, measures, parallel, tasks
+from medjax import evaluate, measures, optim, parallel, tasks
 from medjax.augment import sides
 from medjax.data import cohort as cohorts
 from medjax.data import dataset, pipeline, preprocess, sampler, store
@@ -53,6 +53,8 @@ def open_job(config: ConfigDict) -> Job:
     measures.check(config.measures, config.data, job, splits)
     confirm.rules(config.eval.confirm, job)
     total = steps_of(config, "train.total", len(splits["train"]))
+    # Before cases are prepared: a warm-up longer than the run.
+    optim.schedule(config.optim, total, steps_of(config, "optim.warmup", len(splits["train"])))
     plan = preprocess.fit(config.data.preprocess, cohort, splits["train"])
     sides.check(config.augment, job, plan.orientation)
     model = build_model(config, job)

@@ -20,7 +20,10 @@ def schedule(config: Mapping[str, Any], total: int, warmup: int) -> Callable[[An
     """
     lr, rest = config["lr"], max(1, total - warmup)
     if warmup >= total > 0:
-        raise UserError(f"config: optim.warmup ({warmup} steps) must be shorter than train.total ({total} steps)")
+        raise UserError(
+            f"config: optim.warmup ({warmup} steps) must be shorter than train.total ({total} steps): set "
+            "optim.warmup='0 steps', or train longer"
+        )
     kinds = {
         "poly": lambda: optax.polynomial_schedule(lr, 0.0, config["power"], rest),
         "cosine": lambda: optax.cosine_decay_schedule(lr, rest),

@@ -285,6 +285,7 @@ def test_a_split_to_evaluate_that_is_not_there(place: Path, trained: Path, capsy
         ("--config.optim.lr=fast", ["optim.lr", "fast"]),
         ("--config.optim.lr", ["--config.optim.lr=VALUE"]),
         ("--config.train.total=2 weeks", ["train.total", "'500 steps', '20 epochs' or '8000 examples'"]),
+        ("--config.optim.warmup=999 steps", ["optim.warmup (999 steps) must be shorter", "set optim.warmup='0 steps'"]),
         ("--config.data.preprocess.normalize=zscor", ["normalize", "zscor", "zscore"]),
         ("--config.data.preprocess.spacing=(2,2)", ["spacing", "three positive numbers"]),
         ("--lr=1", ["unknown argument '--lr=1'", "--help"]),
