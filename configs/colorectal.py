@@ -4,6 +4,9 @@ Data: 176 drawn pieces of colon (120 train, 16 validation, 40 test; 1.5 mm), wri
 (`medjax/data/synthetic_colon.py`). They are no patients: polyps are sessile, pedunculated or flat by construction, and
 lie among folds and stool of their own intensity.
 
+An intensity threshold (`python -m benchmarks.threshold`) reaches a CPM of 0.08 on the test cases; the network is to be
+read beside that.
+
 Arguments: `debug` (a few pieces, a few steps; under a minute).
 """
 
