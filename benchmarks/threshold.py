@@ -13,9 +13,10 @@ side and value, on the prepared images) is the one of a grid that does best on t
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,10 @@ def segmentation(task: Any, name: str, learn: Sequence[Any], held: Sequence[Any]
     return {"dice": found}
 
 
-def detection(task: Any, name: str, learn: Sequence[Any], held: Sequence[Any]) -> dict[str, Any]:
+def detection(
+    task: Any, name: str, learn: Sequence[Any], held: Sequence[Any], columns: Sequence[str] = ()
+) -> dict[str, Any]:
+    task = dataclasses.replace(task, columns=columns)
     rows = np.concatenate([case.values[name] for case in learn])
     volumes = np.prod(rows[:, 3:6].astype(float), axis=1) * np.pi / 6
     typical = [np.log(volumes[rows[:, LABEL] == i + 1]).mean() for i in range(len(task.names))]
@@ -90,7 +94,7 @@ def detection(task: Any, name: str, learn: Sequence[Any], held: Sequence[Any]) -
             scored += [
                 {"case": number, "group": number, **row} for row in task.score(found, reference, case.geometry.spacing)
             ]
-        return task.summarize(scored)
+        return task.summarize(scored, resamples=0)
 
     # Bright or dark blobs: a fifth of the cases says which of the grid is worth a look.
     few = learn[:: max(1, len(learn) // 20)]
@@ -124,7 +128,11 @@ def classification(task: Any, name: str, learn: Sequence[Any], held: Sequence[An
     return {**found, "accuracy": float(np.mean(called == held_truth))}
 
 
-KINDS = {"segmentation": segmentation, "detection": detection, "classification": classification}
+KINDS: dict[str, Callable[..., dict[str, Any]]] = {
+    "segmentation": segmentation,
+    "detection": detection,
+    "classification": classification,
+}
 
 
 def main() -> None:
@@ -141,7 +149,8 @@ def main() -> None:
     for name, task in job.tasks.items():
         kind = config.tasks[name].type
         if kind in KINDS:
-            score = KINDS[kind](task, name, learn, held)
+            known = {"columns": job.plan.columns.get(name, ())} if kind == "detection" else {}
+            score = KINDS[kind](task, name, learn, held, **known)
             print(json.dumps({"config": config.name, "task": name, "split": args.split, **score}), flush=True)
 
 

@@ -5,6 +5,9 @@ written on first use under the cache folder. Whether a stroke followed is drawn 
 generator (`medjax/data/synthetic_stroke.py`), not a finding of medicine: this recipe shows how a map and a probability
 are learnt together, and says nothing about patients.
 
+An intensity threshold (`python -m benchmarks.threshold`) reaches a Dice of 0.23 for the tissue on the test cases, and
+how many voxels lie beyond it an AUROC of 0.59 for the stroke; the network is to be read beside that.
+
 Arguments: `debug` (a few small brains, a few steps; under a minute).
 """
 
