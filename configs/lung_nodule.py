@@ -7,7 +7,8 @@ against ratings below; nodules rated 3 have no label. A quarter of the nodules, 
 the test canvases alone.
 
 Score (seed 0, 30 test canvases): CPM 0.84, AUROC of malignancy 0.93, Dice of the outline 0.64 (0.58 before what no
-finding confirms is taken away). Cost: 14 minutes of CPU time, in bfloat16 on a CPU with AMX. See docs/benchmarks.md.
+finding confirms is taken away); an intensity threshold (`python -m benchmarks.threshold`): CPM 0.18, Dice 0.10. Cost:
+14 minutes of CPU time, in bfloat16 on a CPU with AMX. See docs/benchmarks.md.
 
 Arguments: `debug` (a few steps on a few canvases, under a minute), `data=FOLDER`, `seed=N` (holds out quarter N mod 4).
 """
