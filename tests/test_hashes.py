@@ -47,7 +47,7 @@ def look(*files: Path) -> tuple[list[str], list[str]]:
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Two files in different folders that count as settled at once."""
-    monkeypatch.setattr(hashes, "_SETTLED_NS", -(10**9))
+    monkeypatch.setattr(hashes, "SETTLED_NS", -(10**9))
     made = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -91,7 +91,7 @@ def test_any_change_is_seen(files: list[Path]) -> None:
 
 
 def test_what_changed_just_now_is_not_remembered(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hashes, "_SETTLED_NS", 60 * 10**9)
+    monkeypatch.setattr(hashes, "SETTLED_NS", 60 * 10**9)
     assert look(*files)[1] == ["a.nii", "b.nii"]
     assert look(*files)[1] == ["a.nii", "b.nii"]
 
@@ -108,7 +108,7 @@ def test_what_changes_while_it_is_read_is_not_remembered(files: list[Path]) -> N
 
 
 def test_the_voxels_of_a_pair_lie_in_the_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hashes, "_SETTLED_NS", -(10**9))
+    monkeypatch.setattr(hashes, "SETTLED_NS", -(10**9))
     header, voxels = tmp_path / "x.hdr", tmp_path / "x.img"
     header.write_text("header")
     voxels.write_text("1")
@@ -156,7 +156,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_does_no_harm(
 
 
 def test_splits_still_find_twins_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hashes, "_SETTLED_NS", -(10**9))
+    monkeypatch.setattr(hashes, "SETTLED_NS", -(10**9))
     rng, lines = np.random.default_rng(0), ["id,image,split"]
     for i, name in enumerate("abc"):
         nib.save(nib.Nifti1Image(rng.normal(size=(4, 4, 4)).astype(np.float32), np.eye(4)), tmp_path / f"{name}.nii.gz")

@@ -294,6 +294,24 @@ def test_an_edited_source_is_never_served_stale(
     same(found[2], preprocess.prepare_case(own[2], plan))
 
 
+def test_files_of_this_very_moment_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.nii"
+    file.write_bytes(b"one")
+    sources = store._Sources(tmp_path / "sources.json")
+    first, status = sources.digest(file), file.stat()
+    monkeypatch.setattr(Path, "stat", lambda *_, **__: status)  # a clock of coarse ticks
+    file.write_bytes(b"two")
+    assert sources.digest(file) != first
+    sources.save()
+    assert not os.path.exists(tmp_path / "sources.json")
+    monkeypatch.setattr(store.hashes, "SETTLED_NS", -(10**9))
+    second = sources.digest(file)
+    sources.save()
+    again = store._Sources(tmp_path / "sources.json")
+    monkeypatch.setattr(Path, "open", None)  # remembered
+    assert again.digest(file) == second
+
+
 def test_other_code_prepares_anew(
     own: tuple, plan: preprocess.Plan, tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ from medjax.data.nifti import files_of
 from medjax.errors import UserError, warn_once, write_atomic
 from medjax.ops.native.build import cache_root
 
-_SETTLED_NS = 2_500_000_000  # FAT has the coarsest clock: two seconds
+SETTLED_NS = 2_500_000_000  # FAT has the coarsest clock: two seconds
 _READERS = ("cohort.py", "nifti.py", "volume.py")  # what a digest depends on besides the file
 
 Stamp = list[list[int]]  # of each file an image consists of: size, mtime, ctime, inode
@@ -50,7 +50,7 @@ def remembered(function: Callable[[Path], str], paths: Iterable[str | os.PathLik
         if held and held[0] == before:
             return held[1]
         digest = function(file)
-        settled = all(max(mtime, ctime) < now - _SETTLED_NS for _, mtime, ctime, _ in before)
+        settled = all(max(mtime, ctime) < now - SETTLED_NS for _, mtime, ctime, _ in before)
         if settled and stamp(file) == before:  # nor if it changed while it was read
             new[str(file)] = before, digest
         return digest

@@ -18,7 +18,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
-import glob
 import hashlib
 import json
 import math
@@ -35,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from medjax.data import preprocess, records
+from medjax.data import hashes, nifti, preprocess, records
 from medjax.data.cases import Case
 from medjax.data.dataset import each
 from medjax.errors import UserError, warn_once
@@ -308,7 +307,7 @@ def _locked(path: Path, wait: bool) -> Iterator[bool]:
 
 class _Sources:
     """Digests of source files by content, remembered by path, size, inode and times (the status change time as well,
-    which a program that restores a file's modification time cannot restore)."""
+    which a program that restores a file's modification time cannot restore), once the times lie in the past."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._lock, self._known = path, threading.Lock(), _json_table(path)
@@ -328,8 +327,11 @@ class _Sources:
         known = self._known.get(name)
         if known and known[:-1] == mark:
             return known[-1]
+        now = time.time_ns()
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, functools.partial(hashlib.blake2b, digest_size=20)).hexdigest()
+        if max(status.st_mtime_ns, status.st_ctime_ns) >= now - hashes.SETTLED_NS:
+            return digest  # another edit could still leave the same times
         with self._lock:
             self._known[name], self._new = [*mark, digest], True
             if time.monotonic() - self._saved > 10:
@@ -358,10 +360,7 @@ def _json_table(path: Path) -> dict[str, Any]:
 def _files_of(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
-    pair = re.fullmatch(r"(.*)\.(hdr|img)(\.gz)?", path.name, re.IGNORECASE)
-    if pair:
-        return sorted(file for file in path.parent.glob(f"{glob.escape(pair[1])}.*") if file.is_file())
-    return [path]
+    return list(nifti.files_of(path))
 
 
 def _plan_key(plan: preprocess.Plan) -> dict[str, Any]:
