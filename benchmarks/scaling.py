@@ -28,6 +28,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from medjax.errors import UserError
+
 
 class Chip(NamedTuple):
     """One device.
@@ -50,6 +52,16 @@ CHIPS = {
     "v5p": Chip(459e12, 2765e9, 95e9, 300e9, 4),
     "h100": Chip(989e12, 3350e9, 80e9, 50e9, 8),
 }
+
+
+def stated(name: str) -> str:
+    """What the roofline takes for a device, in words."""
+    c = CHIPS[name]
+    return (
+        f"{name}: {c.flops / 1e12:.0f} TFLOP/s (bfloat16, dense), {c.hbm / 1e12:.2f} TB/s and {c.bytes / 1e9:.0f} GB "
+        f"of memory, {c.links / 1e9:.0f} GB/s to other devices, {c.host} devices a host"
+    )
+
 
 _CNN: dict[str, Any] = {"optim": {"name": "sgd", "lr": 0.01, "momentum": 0.99}, "augment": {"mirror": (0, 1, 2)}}
 _REGIONS = {"whole": ("oedema", "core", "rim"), "core": ("core", "rim"), "enhancing": ("rim",)}
@@ -275,6 +287,19 @@ def expected(row: Mapping[str, Any], chip: Chip) -> dict[str, float]:
     }
 
 
+def at(row: Mapping[str, Any], n: int) -> dict[str, Any]:
+    """The row of another number of devices, of a mesh that splits the batch alone, with as many examples a device.
+
+    Each device runs the same program; only its sums of gradients go round a longer or shorter ring.
+    """
+    d = row["devices"]
+    if row["mesh"].get("data") != d or d == 1:
+        raise UserError(f"scaling: only rows of a mesh data=N with N > 1 stand for other numbers, not {row['mesh']}")
+    longer = (1 - 1 / n) / (1 - 1 / d)
+    many = {k: row[k] * n // d for k in ("flops", "batch", "batch_bytes")}
+    return {**row, **many, "devices": n, "mesh": {"data": n}, "sent": {k: v * longer for k, v in row["sent"].items()}}
+
+
 def table(rows: Sequence[Mapping[str, Any]], chip: str) -> str:
     """The results as Markdown."""
     lines = [
@@ -296,6 +321,7 @@ def table(rows: Sequence[Mapping[str, Any]], chip: str) -> str:
             + f"{row['bytes'] / 1e9:.2f} | {row['flops'] / row['devices'] / 1e12:.2f} | "
             + f"{sum(row['sent'].values()) / 1e9:.3f} | {parts} | {1e3 * e['step']:.0f} | {e['input'] / 1e9:.2f} |"
         )
+    lines += ["", stated(chip)]
     return "\n".join(lines)
 
 
@@ -344,14 +370,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--to", type=Path, default=Path("scaling.jsonl"))
     p.add_argument("--limit", type=float, default=1200.0, help="seconds of one compilation")
     p.add_argument("--table", type=Path, help="only print the table of a file of results")
+    p.add_argument(
+        "--at", type=int, nargs="+", default=[], metavar="N", help="of the table: data rows for N devices too"
+    )
     p.add_argument("--chip", choices=list(CHIPS), default="v5p", help="of the roofline")
     args = p.parse_args(argv)
     if args.table:
-        print(table([json.loads(line) for line in args.table.read_text().splitlines()], args.chip))
+        rows = [json.loads(line) for line in args.table.read_text().splitlines()]
+        measured = [(row["plan"], row["mesh"]) for row in rows]
+        for row in [r for r in rows if r["mesh"].get("data") == r["devices"] > 1 and "error" not in r]:
+            new = [at(row, n) for n in args.at if (row["plan"], {"data": n}) not in measured]
+            rows[rows.index(row) + 1 : rows.index(row) + 1] = new
+        print(table(rows, args.chip))
         return
     if args.all:
         return run_all(args.all, args.to, args.limit)
-    mesh = {k: int(v) for k, _, v in (text.partition("=") for text in args.mesh)}
+    if not args.plan:
+        p.error("say --plan=NAME, --all or --table")
+    try:
+        mesh = {k: int(v) for k, _, v in (text.partition("=") for text in args.mesh)}
+    except ValueError:
+        p.error(f"--mesh {' '.join(args.mesh)}: write AXIS=NUMBER, e.g. --mesh data=4 fsdp=2")
     n = math.prod(mesh.values())
     os.environ["JAX_PLATFORMS"] = "cpu"
     if args.target.startswith("cpu"):

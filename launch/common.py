@@ -7,9 +7,11 @@ import itertools
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from medjax.errors import UserError
 
@@ -35,15 +37,55 @@ def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     return p
 
 
-def check_run(arguments: Sequence[str], fixed_workdir: bool = False) -> None:
-    """Raises UserError unless the arguments behind '--' name a recipe (and a run folder, where that is needed)."""
+def check_run(arguments: Sequence[str], fixed_workdir: bool = False, mount: str = "") -> None:
+    """Raises UserError unless the arguments behind '--' name a recipe (and a run folder, where that is needed).
+
+    Args:
+      fixed_workdir: --workdir must be among them. mount: the folder that it must lie in; '': any.
+    """
+    for flag in ("--config", "--workdir"):
+        if flag in arguments:
+            raise UserError(f"behind '--': write {flag}=VALUE, in one word")
     if not any(a.startswith("--config=") for a in arguments):
         raise UserError("behind '--' belong the arguments of medjax.main: -- --config=configs/brain_seg.py ...")
-    if fixed_workdir and not any(a.startswith("--workdir=") for a in arguments):
+    found = [a.removeprefix("--workdir=") for a in arguments if a.startswith("--workdir=")]
+    if fixed_workdir and not found:
         raise UserError(
             "give --workdir=FOLDER behind '--': a folder that every machine sees and that outlives them, or the run "
             "cannot be resumed"
         )
+    if mount and Path(mount) not in Path(os.path.normpath(found[-1])).parents:
+        raise UserError(
+            f"--workdir={found[-1]} must lie under {mount}, where the storage is mounted that outlives the machines"
+        )
+
+
+def at_least(args: argparse.Namespace, **least: float) -> None:
+    """UserError for the first option that is below its least value."""
+    for name, bound in least.items():
+        if getattr(args, name) < bound:
+            raise UserError(f"--{name.replace('_', '-')}={getattr(args, name)}: at least {bound}")
+
+
+def make_folder(path: Path) -> Path:
+    """Makes a folder and those above it, if they are not there; UserError where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot make this folder: {error.strerror}; choose another") from error
+    return path
+
+
+def exit_words(code: int | None) -> str:
+    """'exit code 1', 'killed by SIGKILL', 'preempted'; None: nobody saw how it ended."""
+    if code is None:
+        return "lost"
+    if code == PREEMPTED:
+        return "preempted"
+    if code >= 0:
+        return f"exit code {code}"
+    names = {int(s): s.name for s in signal.Signals}
+    return f"killed by {names.get(-code, f'signal {-code}')}"
 
 
 def shown(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:

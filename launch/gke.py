@@ -32,7 +32,8 @@ def manifest(args: argparse.Namespace, arguments: Sequence[str]) -> dict[str, An
     Args:
       args: of `parser`. arguments: of medjax.main.
     """
-    command = ["python", "-m", "medjax.main", *arguments]
+    # Kubernetes puts variables in place of $(NAME), unless the $ stands twice.
+    command = ["python", "-m", "medjax.main", *(a.replace("$(", "$$(") for a in arguments)]
     if args.hosts > 1:
         # Pods of a JobSet are reached as <jobset>-<job>-<job index>-<pod index>.<jobset>.
         command += [f"--coordinator={args.name}-{JOB}-0-0.{args.name}:{PORT}", f"--processes={args.hosts}"]
@@ -152,14 +153,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     own, arguments = common.split_arguments(argv)
     args = parser().parse_args(own)
-    common.check_run(arguments, fixed_workdir=True)
+    common.check_run(arguments, fixed_workdir=True, mount=MOUNT)
+    common.at_least(args, hosts=1, chips=1, restarts=0)
     check(args)
     text = yaml.safe_dump(manifest(args, arguments), sort_keys=False)
     file = Path("gke") / f"{args.name}.yaml"
     if args.dry_run:
         print(f"# {file}, to be applied with: kubectl apply -f {file}\n{text}", end="")
         return
-    file.parent.mkdir(exist_ok=True)
+    common.make_folder(file.parent)
     write_atomic(file, text)
     common.execute(["kubectl", "apply", "-f", str(file)], dry_run=False)
     print(f"kubectl logs -f -l jobset.sigs.k8s.io/jobset-name={args.name}   # follows it")

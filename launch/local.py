@@ -87,20 +87,24 @@ def run(processes: Sequence[Process], grace: float) -> tuple[int, bool]:
     got: list[int] = []
     signals = (signal.SIGINT, signal.SIGTERM)
     before = {s: signal.signal(s, lambda number, _: got.append(number)) for s in signals}
-    started = [_start(p, f"[{i}] " if len(processes) > 1 else "") for i, p in enumerate(processes)]
-    threads = [thread for _, thread in started]
-    running = [process for process, _ in started]
-    limit = float("inf")
+    running: list[subprocess.Popen] = []
+    threads: list[threading.Thread] = []
+    limit, told = float("inf"), False
     try:
+        for i, process in enumerate(processes):
+            running.append(_start(process))
+            prefix = f"[{i}] " if len(processes) > 1 else ""
+            threads.append(threading.Thread(target=_copy, args=(running[-1].stdout, prefix), daemon=True))
+            threads[-1].start()
         while any(p.poll() is None for p in running):
-            if got and limit == float("inf"):
+            if got and not told:
                 print(f"launch: {signal.Signals(got[0]).name}: the processes are told to save and end", flush=True)
                 _signal(running, signal.SIGTERM)
-                limit = time.monotonic() + grace
+                limit, told = time.monotonic() + grace, True
             dead = next((i for i, p in enumerate(running) if p.poll() not in (None, 0)), None)
             if dead is not None and limit == float("inf"):
-                code = running[dead].returncode
-                print(f"launch: process {dead} {words(code)}; the others have {grace:.0f} s to end", flush=True)
+                how = common.exit_words(running[dead].returncode)
+                print(f"launch: process {dead} ended ({how}); the others have {grace:.0f} s to end", flush=True)
                 limit = time.monotonic() + grace
             if time.monotonic() > limit:
                 _signal(running, signal.SIGTERM if time.monotonic() < limit + 10 else signal.SIGKILL)
@@ -115,8 +119,8 @@ def run(processes: Sequence[Process], grace: float) -> tuple[int, bool]:
     return together([p.returncode for p in running]), bool(got)
 
 
-def _start(process: Process, prefix: str) -> tuple[subprocess.Popen, threading.Thread]:
-    popen = subprocess.Popen(
+def _start(process: Process) -> subprocess.Popen:
+    return subprocess.Popen(
         process.command,
         env={**os.environ, **process.environment},
         stdin=subprocess.DEVNULL,
@@ -127,10 +131,6 @@ def _start(process: Process, prefix: str) -> tuple[subprocess.Popen, threading.T
         start_new_session=True,  # Ctrl-C is passed on once, by the launcher
         preexec_fn=(lambda: common.pin(process.cpus)) if process.cpus else None,
     )
-    assert popen.stdout is not None
-    thread = threading.Thread(target=_copy, args=(popen.stdout, prefix), daemon=True)
-    thread.start()
-    return popen, thread
 
 
 def _copy(stream: IO[str], prefix: str) -> None:
@@ -160,11 +160,6 @@ def together(codes: Sequence[int]) -> int:
     return wrong[0] if wrong else max(plain, default=0)
 
 
-def words(code: int) -> str:
-    """'was killed by SIGKILL', 'ended with exit code 1'."""
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     own, arguments = common.split_arguments(argv)
@@ -176,8 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--grace", type=float, default=60.0, help="seconds the others have when one has died; default 60")
     args = p.parse_args(own)
     common.check_run(arguments)
-    if args.processes < 1:
-        raise UserError(f"--processes={args.processes}: at least 1")
+    common.at_least(args, processes=1, cpu_devices=0, port=0, restarts=0, grace=0)
     for turn in range(args.restarts + 1):
         # A new port for each turn: the last one may still be held.
         processes = plan(arguments, args.processes, args.cpu_devices, args.port or free_port())

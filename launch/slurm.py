@@ -57,8 +57,8 @@ def script(args: argparse.Namespace, arguments: Sequence[str], here: Path) -> st
     if values:
         element = f"values=({' '.join(map(shlex.quote, values))})\nvalue=${{values[$SLURM_ARRAY_TASK_ID]}}"
         words += [
-            f'--config.{key}="$value"',
-            f'{shlex.quote(workdir(arguments, name))}/{key.rpartition(".")[2]}"$value"',
+            f'{shlex.quote(f"--config.{key}=")}"$value"',
+            f'{shlex.quote(workdir(arguments, name))}/{shlex.quote(key.rpartition(".")[2])}"$value"',
         ]
     return string.Template(TEMPLATE.read_text()).substitute(
         directives="\n".join(lines),
@@ -90,6 +90,8 @@ def array_of(text: str) -> tuple[str, list[str]]:
     found = split_values(values)
     if text and (not eq or not key or not all(found)):
         raise UserError(f"--array {text}: write KEY=VALUE1,VALUE2, e.g. --array seed=0,1,2")
+    if twice := [value for value in found if found.count(value) > 1]:
+        raise UserError(f"--array {text}: {twice[0]} stands there twice, and both runs would write into one folder")
     return (key, found) if text else ("", [])
 
 
@@ -122,13 +124,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     own, arguments = common.split_arguments(argv)
     args = parser().parse_args(own)
     common.check_run(arguments)
+    common.at_least(args, nodes=1, tasks_per_node=1, gpus_per_task=0, cpus_per_task=0, at_once=0)
     text = script(args, arguments, Path.cwd())
     file = Path("slurm") / f"{args.name or job_name(arguments)}.sbatch"
     if args.dry_run:
         print(f"# {file}, to be submitted with: sbatch {file}\n{text}", end="")
         return
     common.need("sbatch", "start this on a machine of a SLURM cluster")
-    file.parent.mkdir(exist_ok=True)
+    common.make_folder(file.parent)
     write_atomic(file, text)
     done = subprocess.run(["sbatch", str(file)], capture_output=True, text=True, check=False)
     if done.returncode:

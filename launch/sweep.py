@@ -270,6 +270,9 @@ def run_local(works: Sequence[Work], slots: Sequence[Slot], retries: int) -> Non
                 seconds = work.status()["seconds"] + time.monotonic() - began
                 work.update(state="interrupted" if code else "done", code=code, seconds=round(seconds, 1))
             raise
+        except BaseException:  # a full disk, say: nothing is left running that nobody looks after
+            stop(list(busy))
+            raise
 
 
 def tell(work: Work, code: int, seconds: float, retries: int) -> str:
@@ -279,15 +282,8 @@ def tell(work: Work, code: int, seconds: float, retries: int) -> str:
         say(f"done        {work.name} in {seconds:.0f} s")
     else:
         what = "again" if state == "waiting" else "failed"
-        say(f"{what:11} {work.name}: {exit_words(code)} after {seconds:.0f} s: {work.last_words()} ({work.log})")
+        say(f"{what:11} {work.name}: {common.exit_words(code)} after {seconds:.0f} s: {work.last_words()} ({work.log})")
     return state
-
-
-def exit_words(code: int) -> str:
-    """'exit code 1', 'killed by SIGKILL', 'preempted'."""
-    if code == common.PREEMPTED:
-        return "preempted"
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def run_slurm(
@@ -330,7 +326,7 @@ def run_slurm(
                     # A job leaves the queue a moment before or after its state is on this machine's disk.
                     missing[work.name] = missing.get(work.name, 0) + 1
                     if missing[work.name] > 5:
-                        work.update(state="failed", code=-1)
+                        work.update(state="failed", code=None)
                         states[work.name] = "failed"
                 else:
                     missing.pop(work.name, None)
@@ -373,7 +369,8 @@ def table(works: Sequence[Work]) -> str:
     lines = [f"{'run':{width}}  {'state':11}  {'time':>8}  tries"]
     for work in works:
         status = work.status()
-        words = f"  {exit_words(status['code'])}: {work.last_words()[:80]}" if status["state"] == "failed" else ""
+        failed = f"  {common.exit_words(status.get('code'))}: {work.last_words()[:80]}"
+        words = failed if status["state"] == "failed" else ""
         lines.append(f"{work.name:{width}}  {status['state']:11}  {status['seconds']:7.0f}s  {status['tries']}{words}")
     return "\n".join(lines)
 
@@ -381,7 +378,7 @@ def table(works: Sequence[Work]) -> str:
 @contextlib.contextmanager
 def alone(out: Path) -> Iterator[None]:
     """Holds the sweep's folder; UserError if another sweep does."""
-    out.mkdir(parents=True, exist_ok=True)
+    common.make_folder(out)
     with (out / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -452,9 +449,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown:
         raise UserError(f"unknown argument '{unknown[0]}'; see --help")
     extra = [a.removeprefix("--config.") for a in rest]
-    for name, least in (("seeds", 1), ("folds", 0), ("retries", 0)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name}={getattr(args, name)}: at least {least}")
+    common.at_least(args, seeds=1, folds=0, retries=0)
     out = args.out or Path("runs") / "sweeps" / _plain(
         Path(args.config.partition(":")[0]).stem + args.config.partition(":")[2]
     )

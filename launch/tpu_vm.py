@@ -24,10 +24,12 @@ from launch import common
 from medjax.errors import UserError, run_program
 
 MOUNT = "/mnt/runs"
+PACKED = "medjax.tar.gz"  # what git tracks, in the home folder of each host
 _POLL = 30.0  # seconds between two looks at a queued resource
 _GONE = ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING")
+_FAILURES = 3  # of the request in a row, before it is given up
 SETUP = (
-    "set -e; mkdir -p ~/medjax; tar -xzf /tmp/medjax.tar.gz -C ~/medjax; cd ~/medjax; "
+    f"set -e; rm -rf ~/medjax; mkdir ~/medjax; tar -xzf ~/{PACKED} -C ~/medjax; cd ~/medjax; "
     "python3 -m venv ~/env; . ~/env/bin/activate; pip install -q -r requirements.txt -r requirements-tpu.txt; "
     f"sudo mkdir -p {MOUNT}; sudo chmod 777 {MOUNT}; mountpoint -q {MOUNT} || gcsfuse --implicit-dirs BUCKET {MOUNT}"
 )
@@ -40,98 +42,73 @@ class Slice:
         self._args = args
         self._where = [f"--zone={args.zone}", *([f"--project={args.project}"] if args.project else [])]
 
+    def _command(self, what: str, verb: str, *words: str) -> list[str]:
+        return ["gcloud", "compute", "tpus", what, verb, *words, *self._where]
+
     def create(self) -> list[str]:
         """Asks for the slice; it comes when there is one."""
         a = self._args
-        command = [
-            "gcloud",
-            "compute",
-            "tpus",
-            "queued-resources",
-            "create",
-            a.name,
-            f"--node-id={a.name}",
-            *self._where,
-        ]
-        command += [f"--accelerator-type={a.type}", f"--runtime-version={a.runtime}", *(["--spot"] if a.spot else [])]
-        return command
+        command = self._command("queued-resources", "create", a.name, f"--node-id={a.name}")
+        return [
+            *command, f"--accelerator-type={a.type}", f"--runtime-version={a.runtime}", *(["--spot"] if a.spot else [])
+        ]  # fmt: skip
 
     def state(self) -> list[str]:
         """Says how the queued resource stands, as JSON."""
-        return [
-            "gcloud",
-            "compute",
-            "tpus",
-            "queued-resources",
-            "describe",
-            self._args.name,
-            *self._where,
-            "--format=json",
-        ]
+        return [*self._command("queued-resources", "describe", self._args.name), "--format=json"]
 
     def delete(self) -> list[str]:
         """Gives the slice back, and takes the request from the queue."""
-        return [
-            "gcloud",
-            "compute",
-            "tpus",
-            "queued-resources",
-            "delete",
-            self._args.name,
-            *self._where,
-            "--force",
-            "--quiet",
-        ]
+        return [*self._command("queued-resources", "delete", self._args.name), "--force", "--quiet"]
 
     def copy(self, file: str, to: str) -> list[str]:
-        """Copies a file to every host."""
-        return [
-            "gcloud",
-            "compute",
-            "tpus",
-            "tpu-vm",
-            "scp",
-            file,
-            f"{self._args.name}:{to}",
-            *self._where,
-            "--worker=all",
-        ]
+        """Copies a file to every host, into the home folder."""
+        return [*self._command("tpu-vm", "scp", file, f"{self._args.name}:{to}"), "--worker=all"]
 
     def ssh(self, text: str) -> list[str]:
         """Runs a shell command on every host."""
-        return [
-            "gcloud",
-            "compute",
-            "tpus",
-            "tpu-vm",
-            "ssh",
-            self._args.name,
-            *self._where,
-            "--worker=all",
-            f"--command={text}",
-        ]
+        return [*self._command("tpu-vm", "ssh", self._args.name), "--worker=all", f"--command={text}"]
 
 
-def resource_state(slice_: Slice) -> str:
-    """ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED...; '' where there is no such request."""
-    done = subprocess.run(slice_.state(), capture_output=True, text=True, check=False)
-    if done.returncode:
+def resource_state(slice_: Slice, poll: float = _POLL, looks: int = 4) -> tuple[str, str]:
+    """(ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED...; why it failed); ('', '') where there is no such request.
+
+    Raises:
+      UserError: `gcloud` failed so many times in a row (`looks`): one may be the network.
+    """
+    for look in range(looks):
+        done = subprocess.run(slice_.state(), capture_output=True, text=True, check=False)
+        if not done.returncode:
+            state = json.loads(done.stdout).get("state", {})
+            if not isinstance(state, dict):
+                return str(state), ""
+            return str(state.get("state", "")), str(state.get("failedData", {}).get("error", {}).get("message", ""))
         if "NOT_FOUND" in done.stderr or "not found" in done.stderr.lower():
-            return ""
-        raise UserError(f"gcloud failed: {done.stderr.strip()}")
-    state = json.loads(done.stdout).get("state", {})
-    return str(state.get("state", "") if isinstance(state, dict) else state)
+            return "", ""
+        if look + 1 < looks:
+            time.sleep(poll)
+    raise UserError(f"{common.shown(slice_.state())} failed {looks} times: {done.stderr.strip()}")
 
 
 def acquire(slice_: Slice, poll: float = _POLL) -> bool:
-    """Waits till the slice is there, asking for it if need be; returns whether it is a new one."""
-    fresh = False
-    said = ""
-    while (state := resource_state(slice_)) != "ACTIVE":
+    """Waits till the slice is there, asking for it if need be; returns whether it is a new one.
+
+    Raises:
+      UserError: the request fails again and again: a quota, or a type that the zone does not have.
+    """
+    fresh, failures, said = False, 0, ""
+    while (found := resource_state(slice_, poll))[0] != "ACTIVE":
+        state, why = found
         if state != said:
-            print(f"launch: the slice is {state or 'not asked for yet'}", flush=True)
+            print(f"launch: the slice is {state or 'not asked for yet'}{f' ({why})' if why else ''}", flush=True)
             said = state
         if state in _GONE:
+            failures += state == "FAILED"
+            if failures == _FAILURES:
+                raise UserError(
+                    f"the slice could not be made, {failures} times in a row: {why or 'gcloud does not say why'}; look "
+                    "at --type, --zone, --runtime and the project's quota"
+                )
             common.execute(slice_.delete(), dry_run=False)
         elif not state:
             common.execute(slice_.create(), dry_run=False)
@@ -141,14 +118,14 @@ def acquire(slice_: Slice, poll: float = _POLL) -> bool:
 
 
 def pack(folder: Path) -> Path:
-    """What git tracks here, as a tar file."""
-    file = folder / "medjax.tar.gz"
-    done = subprocess.run(
-        ["git", "archive", "--format=tar.gz", f"--output={file}", "HEAD"], capture_output=True, text=True, check=False
-    )
+    """What git has at HEAD of the folder this runs in, as a tar file in `folder`."""
+    common.need("git")
+    file = folder / PACKED
+    command = ["git", "archive", "--format=tar.gz", f"--output={file}", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"git archive failed: {done.stderr.strip()}; start this in the repository's folder")
-    return file  # fmt: skip
+    return file
 
 
 def commands(args: argparse.Namespace, arguments: Sequence[str]) -> tuple[str, str]:
@@ -174,36 +151,49 @@ def main(argv: Sequence[str] | None = None, poll: float = _POLL) -> int:
     p.add_argument("--keep", action="store_true", help="do not delete the slice at the end")
     p.add_argument("--restarts", type=int, default=50, help="turns after preemptions; default 50")
     args = p.parse_args(own)
-    common.check_run(arguments, fixed_workdir=True)
-    if not next(a for a in arguments if a.startswith("--workdir=")).removeprefix("--workdir=").startswith(MOUNT):
-        raise UserError(
-            f"--workdir must lie under {MOUNT}, where the bucket is: a preempted slice's own disks are gone"
-        )
+    common.check_run(arguments, fixed_workdir=True, mount=MOUNT)
+    common.at_least(args, restarts=0)
     slice_ = Slice(args)
     setup, run = commands(args, arguments)
     if args.dry_run:
-        archive = ["git", "archive", "--format=tar.gz", "--output=/tmp/medjax.tar.gz", "HEAD"]
+        archive = ["git", "archive", "--format=tar.gz", f"--output=FOLDER/{PACKED}", "HEAD"]
         wait = "# wait till `state` is ACTIVE; after each preemption begin again here"
         for line in (
-            slice_.create(), wait, slice_.state(), archive, slice_.copy("/tmp/medjax.tar.gz", "/tmp/medjax.tar.gz"),
-            slice_.ssh(setup), slice_.ssh(run), *([] if args.keep else [slice_.delete()]),
+            slice_.create(), wait, slice_.state(), "# FOLDER: a temporary one", archive,
+            slice_.copy(f"FOLDER/{PACKED}", PACKED), slice_.ssh(setup), slice_.ssh(run),
+            *([] if args.keep else [slice_.delete()]),
         ):  # fmt: skip
             print(line if isinstance(line, str) else f"$ {common.shown(line)}")
         return 0
     common.need("gcloud", "install the Google Cloud CLI and log in")
-    for turn in range(args.restarts + 1):
+    try:
+        code = _turns(slice_, setup, run, args.restarts, poll)
+    except BaseException:
+        print(
+            f"launch: the slice, if it was made, is still there and costs; the same command goes on with it, and this "
+            f"gives it back:\n$ {common.shown(slice_.delete())}",
+            flush=True,
+        )
+        raise
+    if not args.keep and common.execute(slice_.delete(), dry_run=False, check=False):
+        print("launch: the slice could not be given back, and costs; give that command again", flush=True)
+    return code
+
+
+def _turns(slice_: Slice, setup: str, run: str, restarts: int, poll: float) -> int:
+    """The run, again and again while its slice is preempted; returns the exit code of the last turn."""
+    for turn in range(restarts + 1):
         fresh = acquire(slice_, poll)
         if fresh or turn == 0:
             with tempfile.TemporaryDirectory() as folder:
-                common.execute(slice_.copy(str(pack(Path(folder))), "/tmp/medjax.tar.gz"), dry_run=False)
+                common.execute(slice_.copy(str(pack(Path(folder))), PACKED), dry_run=False)
             common.execute(slice_.ssh(setup), dry_run=False)
         code = common.execute(slice_.ssh(run), dry_run=False, check=False)
         # A slice that vanished under the run ends the connection with a code that says nothing.
-        if code != common.PREEMPTED and resource_state(slice_) == "ACTIVE":
+        if code != common.PREEMPTED and resource_state(slice_, poll)[0] == "ACTIVE":
             break
-        print(f"launch: preempted (exit code {code}); turn {turn + 2} resumes", flush=True)
-    if not args.keep:
-        common.execute(slice_.delete(), dry_run=False, check=False)
+        again = f"turn {turn + 2} resumes" if turn < restarts else f"--restarts={restarts} are used up"
+        print(f"launch: preempted (exit code {code}); {again}", flush=True)
     return code
 
 

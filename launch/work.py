@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.common import PREEMPTED, shown
+from launch.common import PREEMPTED, make_folder, pin, shown
 from medjax.errors import UserError, write_atomic
 
 FINAL = 2  # exit code of a user's mistake: the same command would end the same way
@@ -42,18 +42,18 @@ class Work:
         """'state' (waiting, queued, running, interrupted, failed, done), 'tries', 'code', 'seconds', 'job'."""
         file = self.folder / "status.json"
         try:
-            found = json.loads(file.read_text())
+            found = dict(json.loads(file.read_text()))
         except FileNotFoundError:
-            return {"state": "waiting", "tries": 0, "seconds": 0.0}
-        except ValueError as error:
+            found = {}
+        except (ValueError, TypeError) as error:
             raise UserError(
                 f"{file}: not readable ({error}); delete it, and the run goes on from its checkpoint"
             ) from None
-        return found
+        return {"state": "waiting", "tries": 0, "seconds": 0.0} | found
 
     def update(self, **values: Any) -> dict[str, Any]:
         """Changes the state on disk."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         status = self.status() | {"command": list(self.command)} | values
         write_atomic(self.folder / "status.json", json.dumps(status, indent=2) + "\n")
         return status
@@ -69,9 +69,7 @@ class Work:
 
     def start(self, environment: Mapping[str, str] | None = None, cpus: Sequence[int] = ()) -> subprocess.Popen:
         """Starts the command in a process group of its own; what it says is added to the log."""
-        from launch.common import pin
-
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         with self.log.open("a") as log:
             log.write(f"$ {shown(self.command, environment)}\n")
             log.flush()
@@ -145,9 +143,10 @@ class Remote:
     def __init__(self, work: Work, retries: int) -> None:
         self.work, self.retries = work, retries
         self._process: subprocess.Popen | None = None
+        self._told = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"work": self.work, "retries": self.retries, "_process": None}
+        return {"work": self.work, "retries": self.retries, "_process": None, "_told": False}
 
     def __call__(self) -> str:
         # submitit ignores SIGTERM, which says that the job is to end: the run saves, and ends with 75.
@@ -157,6 +156,8 @@ class Remote:
             self.work.update(state="running", job=job_id())
             began = time.monotonic()
             self._process = self.work.start()
+            if self._told:  # while it was being started
+                self._pass_on(signal.SIGTERM)
             code = self._process.wait()
             state = self.work.ended(code, time.monotonic() - began, self.retries)
             if code != 0 and job_state() != "RUNNING":  # cancelled by someone: not to be brought back
@@ -167,7 +168,8 @@ class Remote:
                 time.sleep(60)  # SLURM ends this job now
         return state
 
-    def _pass_on(self, number: int, _: Any) -> None:
+    def _pass_on(self, number: int, _: Any = None) -> None:
+        self._told = True
         if self._process is not None and self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)

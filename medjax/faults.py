@@ -81,7 +81,8 @@ class Watchdog:
     def __init__(self, seconds: float, folder: Path, end: Callable[[int], Any] = os._exit) -> None:
         self._seconds, self._end = seconds, end
         self._file = folder / ("stalled.txt" if processes.count() == 1 else f"stalled-{processes.index()}.txt")
-        self._doing, self._since, self._said = "the first step", time.monotonic(), 0
+        # Replaced as one, so that the watching thread never sees the half of it.
+        self._now = ("the first step", time.monotonic())
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="medjax-watchdog", daemon=True)
         if seconds > 0:
@@ -89,12 +90,13 @@ class Watchdog:
 
     def doing(self, what: str) -> None:
         """A sign of life: what is waited for from now on."""
-        self._doing, self._since, self._said = what, time.monotonic(), 0
+        self._now = (what, time.monotonic())
 
     @contextlib.contextmanager
     def unwatched(self) -> Iterator[None]:
         """While something runs that may take any time, such as a compilation."""
-        before, self._since = self._doing, float("inf")
+        before, _ = self._now
+        self._now = (before, float("inf"))
         try:
             yield
         finally:
@@ -107,13 +109,17 @@ class Watchdog:
         self._over.set()
 
     def _watch(self) -> None:
+        seen, said = self._now, 0
         while not self._over.wait(min(1.0, self._seconds / 4)):
-            stalled = time.monotonic() - self._since
-            if stalled < self._seconds * (self._said + 1):
+            if self._now is not seen:
+                seen, said = self._now, 0
+            doing, since = seen
+            stalled = time.monotonic() - since
+            if stalled < self._seconds * (said + 1):
                 continue
-            self._said += 1
-            self._dump(stalled)
-            if self._said == _DUMPS:
+            said += 1
+            self._dump(doing, stalled)
+            if said == _DUMPS:
                 print(
                     f"medjax: given up after {stalled:.0f} s; the same command goes on from the newest checkpoint",
                     file=sys.stderr,
@@ -121,10 +127,8 @@ class Watchdog:
                 )
                 self._end(RESUMABLE)
 
-    def _dump(self, stalled: float) -> None:
-        line = (
-            f"\nmedjax: stalled: waiting for {self._doing} for {stalled:.0f} s (train.stall_seconds); all stacks follow"
-        )
+    def _dump(self, doing: str, stalled: float) -> None:
+        line = f"\nmedjax: stalled: waiting for {doing} for {stalled:.0f} s (train.stall_seconds); all stacks follow"
         print(f"{line} and are in {self._file}", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
         try:

@@ -91,7 +91,7 @@ def _slurm(env: Mapping[str, str]) -> Place | None:
         return None
     # Ports past those that programs are given by chance begin there; two jobs on a machine differ in their number.
     port = 61440 + int(env.get("SLURM_JOB_ID", "0")) % 4096
-    here = _first_number(env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    here = _tasks_here(env)
     visible = [d for d in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
     devices = None
     if here > 1 and len(visible) >= here:  # every task of the machine sees all of its devices: a part for each
@@ -100,9 +100,11 @@ def _slurm(env: Mapping[str, str]) -> Place | None:
     return Place(f"{_first_host(env['SLURM_STEP_NODELIST'])}:{port}", tasks, int(env["SLURM_PROCID"]), devices)
 
 
-def _first_number(text: str) -> int:
-    match = re.match(r"\d+", text)
-    return int(match[0]) if match else 1
+def _tasks_here(env: Mapping[str, str]) -> int:
+    """Tasks of this task's machine, the n-th of '2(x3),1'."""
+    runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    each = [int(tasks) for tasks, times in runs for _ in range(int(times or 1))]
+    return each[min(_number(env, "SLURM_NODEID") or 0, len(each) - 1)] if each else 1
 
 
 def _first_host(nodes: str) -> str:
@@ -435,7 +437,10 @@ def program(function: Callable[[], None]) -> Callable[[], None]:
             code, words = 2, str(error)
             raise
         except SystemExit as error:
-            code, words = int(error.code or 0), "by its own exit"
+            code, words = error.code if isinstance(error.code, int) else int(error.code is not None), "by its own exit"
+            raise
+        except KeyboardInterrupt:
+            code, words = 130, "interrupted"
             raise
         except Exception as error:
             words = f"{type(error).__name__}: {error}".strip().splitlines()[0]

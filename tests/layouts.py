@@ -42,7 +42,8 @@ def start(
     port, started = free_port(), []
     for number in range(processes):
         place = [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={number}"]
-        calls_here = [[*call, *(place if processes > 1 else [])] for call in calls]
+        # They meet in the first call, and stay together.
+        calls_here = [[*call, *(place if processes > 1 and not turn else [])] for turn, call in enumerate(calls)]
         command = [sys.executable, __file__, json.dumps(calls_here)]
         with Path(f"{log}.{number}" if log else os.devnull).open("w") as out:
             started.append(

@@ -41,6 +41,9 @@ def test_flags_variables_and_slurm() -> None:
     # Both tasks of a machine see its four devices: two each.
     assert processes.find_place(env=SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}) == ("gpu07:61444", 4, 3, (2, 3))
     assert processes.find_place(env=SLURM | {"CUDA_VISIBLE_DEVICES": "1"}) == ("gpu07:61444", 4, 3, None)
+    # The last machine has one task, all of its devices are its own.
+    last = {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "2", "CUDA_VISIBLE_DEVICES": "0,1"}
+    assert processes.find_place(env=SLURM | last) == ("gpu07:61444", 4, 3, None)
     for nodes, first in (("n1", "n1"), ("n1,n2", "n1"), ("n[003-7]", "n003"), ("n[2,5],m1", "n2")):
         assert processes._first_host(nodes) == first
 
@@ -227,31 +230,46 @@ def test_one_of_two_told_to_stop_stops_both_at_one_step(recipe: Path, finished: 
     assert training.state_bytes(tmp_path) == training.state_bytes(finished)
 
 
+KILLS = 20
+
+
 @pytest.mark.slow
 def test_twenty_random_kills_lose_nothing(recipe: Path, tmp_path: Path) -> None:
-    dice, newest, total, workdir = random.Random(0), 0, 200, tmp_path / "killed"
+    """A pair that saves after every step is killed 20 times in a row: mostly in a save, at times while it starts."""
+    dice, newest, total, workdir = random.Random(0), 0, 300, tmp_path / "killed"
+    every = ("train.checkpoint_every=1 steps", "train.eval_every=1000 steps")
+    in_saves = 0
     workdir.mkdir()
-    for _ in range(20):
-        pair = layouts.start(call(recipe, workdir, total), devices=2, processes=2, log=tmp_path / "log")
-        victim, begun = dice.randrange(2), steps_logged(workdir)
-        # At any moment from the first step on, also while a checkpoint is being written.
-        while steps_logged(workdir) <= begun and all(p.poll() is None for p in pair):
-            time.sleep(0.01)
-        time.sleep(dice.uniform(0, 0.3))
-        pair[victim].send_signal(signal.SIGKILL)
+    for number in range(KILLS):
+        pair = layouts.start(call(recipe, workdir, total, *every), devices=1, processes=2, log=tmp_path / "log")
+        begun = steps_logged(workdir)
+        if number % 5 == 4:  # while it starts: what it reads, and clears away, is what the last kill left
+            time.sleep(dice.uniform(2, 8))
+        while number % 5 < 4 and steps_logged(workdir) <= begun and all(p.poll() is None for p in pair):
+            time.sleep(0.005)
+        time.sleep(dice.uniform(0, 0.5))
+        # One, and the other before it can notice: that it does is for the tests above.
+        for process in dice.sample(pair, 2):
+            assert process.poll() is None, (tmp_path / "log.0").read_text()
+            process.send_signal(signal.SIGKILL)
+            time.sleep(dice.choice((0, 0.02)))
         for process in pair:
-            process.wait(timeout=60)
-        checkpoints = Checkpoints(workdir, read_only=True)
-        steps = checkpoints.steps("latest")
+            process.wait()
+        in_saves += any((workdir / "checkpoints").glob("latest/*tmp*"))
+        with Checkpoints(workdir, read_only=True) as checkpoints:
+            steps = checkpoints.steps("latest")
+            for step in steps:  # each is whole: its files are those that were written, and all of it can be read
+                checkpoints.verify("latest", step)
+                assert checkpoints.meta("latest", step)["step"] == step
+                assert training.state_bytes(workdir, step)
+        assert not (workdir / "checkpoints" / "damaged").exists()
         assert (steps[0] if steps else 0) >= newest
         newest = steps[0] if steps else 0
-        for step in steps:  # each is whole
-            assert checkpoints.meta("latest", step)["step"] == step
-        checkpoints.close()
-        if newest:
-            training.state_bytes(workdir)
-    assert newest < total
+    print(f"{KILLS} kills, {in_saves} of them in a save, up to step {newest}")
+    assert 0 < newest < total
+    assert in_saves
     for folder in (workdir, tmp_path / "whole"):
-        pair = layouts.start(call(recipe, folder, total), devices=2, processes=2, log=tmp_path / "again")
+        pair = layouts.start(call(recipe, folder, total, *every), devices=1, processes=2, log=tmp_path / "again")
         assert [p.wait() for p in pair] == [0, 0], (tmp_path / "again.0").read_text()
     assert training.state_bytes(workdir) == training.state_bytes(tmp_path / "whole")
+    assert layouts.losses(workdir) == layouts.losses(tmp_path / "whole")

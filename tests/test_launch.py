@@ -57,7 +57,7 @@ def test_local_processes_end_together(capfd: pytest.CaptureFixture[str]) -> None
     assert {"[0] hello", "[1] there"} <= set(out.splitlines())
     # One is killed: the other, which would go on for a minute, has a second to end by itself.
     assert local.run(processes("import os; os.kill(os.getpid(), 9)", SLEEP), 1) == (137, False)
-    assert "process 0 was killed by SIGKILL; the others have 1 s" in capfd.readouterr().out
+    assert "process 0 ended (killed by SIGKILL); the others have 1 s" in capfd.readouterr().out
     assert local.run(processes(SLEEP, "raise SystemExit(3)"), 0)[0] == 3
     # One that ends by itself in time is let.
     assert local.run(processes("import time; time.sleep(1); raise SystemExit(75)", "raise SystemExit(75)"), 10)[0] == 75
@@ -73,7 +73,18 @@ def test_local_restarts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert local.main(["--restarts=5", "--cpu-devices=1", *RUN]) == 75  # someone told it to stop
 
 
+def test_local_ends_what_it_started_when_another_cannot_start(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    first = local.Process(("bash", "-c", f"echo $$ > {pid}; exec sleep 60"), {}, ())
+    with pytest.raises(OSError):
+        local.run([first, local.Process((str(tmp_path / "none"),), {}, ())], 5)
+    until(lambda: not pid.exists() or not Path(f"/proc/{pid.read_text().strip()}/exe").exists(), 10)
+
+
 def test_local_exit_codes() -> None:
+    assert [common.exit_words(c) for c in (1, 75, -9, -40, None)] == [
+        "exit code 1", "preempted", "killed by SIGKILL", "killed by signal 40", "lost",
+    ]  # fmt: skip
     assert local.together([0, 75]) == 75
     assert local.together([75, 2]) == 2
     assert local.together([-9, 1]) == 1  # the one that had something to say
@@ -110,8 +121,11 @@ def test_local_shares_out_devices(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     local.main(["--processes=3", "--cpu-devices=2", "--dry-run", *RUN])
     assert "JAX_PLATFORMS=cpu" in (out := capsys.readouterr().out)
     assert "--xla_force_host_platform_device_count=2" in out
-    with pytest.raises(UserError, match="arguments of medjax.main"):
-        local.main(["--dry-run"])
+    for behind, message in (([], "arguments of medjax.main"), (["--", "--config", "x.py"], "write --config=VALUE")):
+        with pytest.raises(UserError, match=message):
+            local.main(["--dry-run", *behind])
+    with pytest.raises(UserError, match="--restarts=-1: at least 0"):
+        local.main(["--restarts=-1", *RUN])
     # A single process needs no coordinator.
     local.main(["--dry-run", *RUN])
     assert "--coordinator" not in capsys.readouterr().out
@@ -163,8 +177,9 @@ def test_slurm_array(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
         "echo|-m|medjax.main|--config=configs/brain_seg.py|--config.model.features=(16,32)|"
         "--workdir=/mnt/runs/a b/features(16,32)|"
     )
-    with pytest.raises(UserError, match="write KEY=VALUE1,VALUE2"):
-        slurm.main(["--array", "seed", "--dry-run", *RUN])
+    for array, message in (("seed", "write KEY=VALUE1,VALUE2"), ("seed=0,1,0", "0 stands there twice")):
+        with pytest.raises(UserError, match=message):
+            slurm.main(["--array", array, "--dry-run", *RUN])
 
 
 @pytest.fixture(scope="module")
@@ -364,6 +379,8 @@ def test_jobset_refusals(options: list[str], message: str) -> None:
         gke.main([*GKE, *options, *RUN])
     with pytest.raises(UserError, match="give --workdir=FOLDER"):
         gke.main([*GKE, "--claim=a", "--", "--config=x.py"])
+    with pytest.raises(UserError, match="--workdir=/mnt/runs/../x must lie under /mnt/runs"):
+        gke.main([*GKE, "--claim=a", "--", "--config=x.py", "--workdir=/mnt/runs/../x"])
 
 
 # ---- TPU VMs
@@ -375,6 +392,9 @@ GCLOUD = """#!/bin/bash
 here=$(dirname "$0"); echo "$@" >> $here/calls
 case "$*" in
   *describe*) [ -e $here/there ] || { echo "ERROR: NOT_FOUND: no such thing" >&2; exit 1; }
+    if [ -e $here/refused ]; then
+      echo '{"state": {"state": "FAILED", "failedData": {"error": {"message": "no quota"}}}}'; exit
+    fi
     if [ -e $here/broken ]; then echo '{"state": {"state": "SUSPENDED"}}'; exit; fi
     n=$(cat $here/there); echo $((n + 1)) > $here/there
     [ "$n" -ge 1 ] && echo '{"state": {"state": "ACTIVE"}}' || echo '{"state": {"state": "WAITING_FOR_RESOURCES"}}' ;;
@@ -390,7 +410,7 @@ def test_tpu_vm_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [shlex.split(x[2:]) for x in capsys.readouterr().out.splitlines() if x.startswith("$ ")]
     assert [" ".join(x[:5]) for x in lines] == [
         "gcloud compute tpus queued-resources create", "gcloud compute tpus queued-resources describe",
-        "git archive --format=tar.gz --output=/tmp/medjax.tar.gz HEAD", "gcloud compute tpus tpu-vm scp",
+        "git archive --format=tar.gz --output=FOLDER/medjax.tar.gz HEAD", "gcloud compute tpus tpu-vm scp",
         "gcloud compute tpus tpu-vm ssh", "gcloud compute tpus tpu-vm ssh",
         "gcloud compute tpus queued-resources delete",
     ]  # fmt: skip
@@ -398,16 +418,44 @@ def test_tpu_vm_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     for command in (lines[4][-1], lines[5][-1]):
         assert subprocess.run(["bash", "-n", "-c", command.removeprefix("--command=")], check=False).returncode == 0
     assert "'--workdir=/mnt/runs/a b'" in lines[5][-1]
+    # On the hosts the code lies in the home folder, not where others may write.
+    assert lines[3][5:7] == ["FOLDER/medjax.tar.gz", "brain:medjax.tar.gz"]
+    assert "tar -xzf ~/medjax.tar.gz" in lines[4][-1]
     with pytest.raises(UserError, match="must lie under /mnt/runs"):
         tpu_vm.main([*TPU, "--dry-run", "--", "--config=x", "--workdir=runs/x"])
 
 
-def test_tpu_vm_goes_on_after_a_preemption(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def gcloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in in the place of `gcloud`, and the folder this runs in."""
     script(tmp_path / "gcloud", GCLOUD)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_tpu_vm_gives_a_request_up_that_fails(gcloud: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (gcloud / "refused").touch()
+    with pytest.raises(UserError, match="3 times in a row: no quota; look at --type"):
+        tpu_vm.main([*TPU, *RUN], poll=0.01)
+    did = [c.split()[3] for c in (gcloud / "calls").read_text().splitlines() if "describe" not in c]
+    assert did == ["create", "delete", "create", "delete", "create"]
+    # What may still cost is said.
+    assert "queued-resources delete brain --zone=us-west4-a --force --quiet" in capfd.readouterr().out.splitlines()[-1]
+
+
+def test_tpu_vm_looks_again_before_it_gives_up(
+    gcloud: Path,
+) -> None:
+    script(gcloud / "gcloud", '#!/bin/bash\necho look >> calls; echo "no network" >&2; exit 1')
+    with pytest.raises(UserError, match="failed 4 times: no network"):
+        tpu_vm.main([*TPU, *RUN], poll=0.01)
+    assert (gcloud / "calls").read_text() == 4 * "look\n"
+
+
+def test_tpu_vm_goes_on_after_a_preemption(
+    gcloud: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     with contextlib.suppress(KeyError):
         monkeypatch.delenv("GIT_DIR")
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]

@@ -126,6 +126,13 @@ LAYOUTS = {
     "space": ("mesh.data=4", "mesh.space=2"),
     "pmap": ("parallel=pmap",),
 }
+# Over two processes of two devices each.
+PAIRS: dict[str, tuple[str, ...]] = {
+    "pair_pmap": ("parallel=pmap",),
+    "pair_fsdp": ("mesh.data=1", "mesh.fsdp=4"),
+    "pair_space": ("mesh.data=1", "mesh.space=4"),  # a volume lies over both
+}
+FEW = 10  # steps of these
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +154,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, total in (("pair", STEPS), ("moving", 20)):
         pair = layouts.start([call(name, total=total)], devices=4, processes=2, log=folder / f"{name}.log")
         assert [p.wait() for p in pair] == [0, 0], Path(f"{folder / name}.log.0").read_text()
+    short = [call(name, *overrides, total=FEW) for name, overrides in PAIRS.items()]
+    pair = layouts.start(short, devices=2, processes=2, log=folder / "pairs.log")
+    assert [p.wait() for p in pair] == [0, 0], Path(f"{folder / 'pairs.log'}.0").read_text()
     assert [p.wait() for p in eight] == [0], Path(f"{folder / 'eight.log'}.0").read_text()
     moves = [call("moving", *LAYOUTS[name], total=total) for name, total in (("fsdp", 30), ("space", 40), ("pmap", 50))]
     for process in layouts.start(moves, devices=8, log=folder / "moving.log"):
@@ -156,11 +166,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", [*LAYOUTS, "pair", "moving"])
 def test_every_layout_gives_the_losses_of_one_device(runs: Path, name: str) -> None:
-    want, found = layouts.losses(runs / "one"), layouts.losses(runs / name)
-    assert list(found) == list(want) == list(range(1, STEPS + 1))
-    np.testing.assert_allclose(list(found.values()), list(want.values()), rtol=1e-5)
+    same_losses(runs, name, STEPS)
     scores = [json.loads((runs / n / "eval" / "val" / "summary.json").read_text())["metrics"] for n in ("one", name)]
     assert scores[1]["dice"]["mean"] == pytest.approx(scores[0]["dice"]["mean"], abs=5e-3)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_two_processes_give_them_as_well(runs: Path, name: str) -> None:
+    same_losses(runs, name, FEW)
+    scores = [json.loads((runs / n / "eval" / "val" / "summary.json").read_text())["metrics"] for n in PAIRS]
+    assert [s["dice"]["mean"] for s in scores] == pytest.approx([scores[0]["dice"]["mean"]] * len(PAIRS), abs=5e-3)
+
+
+def same_losses(runs: Path, name: str, steps: int) -> None:
+    want, found = layouts.losses(runs / "one"), layouts.losses(runs / name)
+    assert list(found) == list(range(1, steps + 1))
+    np.testing.assert_allclose(list(found.values()), [want[n] for n in found], rtol=1e-5)
 
 
 def test_what_is_written_once_is_written_by_one_process(runs: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import scaling
+from medjax.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -85,3 +86,69 @@ def test_the_roofline_by_hand() -> None:
     }
     found = scaling.expected(row, chip)
     assert found == {"compute": 2.0, "memory": 1.0, "sent": 2.0, "step": 4.0, "input": 10.0}
+
+
+# A plan of two stages in the place of the large ones, compiled for forced devices of this CPU by the program itself.
+TINY = """
+from benchmarks import scaling
+scaling.PLANS["nnunet"] = {
+    "data": {"patch": (16, 16, 16), "batch_size": 1}, "augment": {"mirror": (0,)},
+    "model": {"name": "unet", "features": (8, 16), "convs": 1, "decoder_convs": 1},
+    "tasks": {"tumour": {"type": "segmentation", "levels": 1}},
+    "optim": {"name": "sgd", "lr": 0.01, "momentum": 0.9},
+}
+for mesh in ("data=4", "data=2", "fsdp=2"):
+    scaling.main(["--plan=nnunet", f"--target=cpu:{mesh[-1]}", "--mesh", mesh, "--precision=float32"])
+scaling.main(["--plan=nnunet", "--target=cpu:2", "--mesh", "data=2", "--trace"])
+"""
+KEYS = {"plan", "target", "devices", "mesh", "batch", "precision", "parameters", "flops", "state_bytes", "batch_bytes",
+        "jax", "seconds"}  # fmt: skip
+
+
+def test_a_plan_compiled_for_two_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = subprocess.run([sys.executable, "-c", TINY], cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    four, data, fsdp, traced = [json.loads(line) for line in done.stdout.splitlines()]
+    assert set(traced) == KEYS
+    assert set(data) == set(fsdp) == KEYS | {"bytes", "temporaries", "accessed", "sent"}
+    assert [row["mesh"] for row in (data, fsdp, traced)] == [{"data": 2}, {"fsdp": 2}, {"data": 2}]
+    for key in ("flops", "parameters", "batch", "batch_bytes"):
+        assert data[key] == fsdp[key] == traced[key] > 0
+    # What the step must do by hand: 2 examples of image, mask and the small columns; SGD keeps one more copy.
+    assert data["batch"] == 2
+    assert data["batch_bytes"] == 2 * (16**3 * (4 * 4 + 1) + 4 + 3 * 4 + 4 + 1 + 1)
+    held = 2 * 4 * data["parameters"]
+    assert held <= data["state_bytes"] <= held + 64
+    assert fsdp["state_bytes"] < 0.7 * data["state_bytes"]
+    # Half of the float32 gradients to and fro, and a few sums.
+    assert data["sent"] == {"all-reduce": pytest.approx(4 * data["parameters"], rel=0.01)}
+    assert fsdp["sent"]["all-gather"] > 0
+    assert data["bytes"] >= data["state_bytes"] + data["temporaries"]
+    # What two devices do says what four do.
+    derived = scaling.at(data, 4)
+    for key in ("flops", "batch", "batch_bytes", "mesh", "devices", "state_bytes"):
+        assert derived[key] == four[key]
+    assert derived["sent"] == pytest.approx(four["sent"], rel=1e-3)
+    assert derived["bytes"] == pytest.approx(four["bytes"], rel=0.01)
+    with pytest.raises(UserError, match="mesh data=N"):
+        scaling.at(fsdp, 4)
+    # And the table of such rows, with the data of the roofline.
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in (data, fsdp)))
+    scaling.main([f"--table={file}", "--chip=h100", "--at", "2", "64"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:24] for line in lines[2:5]] == [
+        "| nnunet | 2: data 2 | 2", "| nnunet | 64: data 64 |", "| nnunet | 2: fsdp 2 | 2",
+    ]  # fmt: skip
+    assert lines[-1] == scaling.stated("h100")
+
+
+@pytest.mark.parametrize("chip", scaling.CHIPS)
+def test_the_page_states_the_roofline(chip: str) -> None:
+    assert scaling.stated(chip) in (REPO / "docs" / "scaling.md").read_text()
+
+
+def test_the_roofline_in_words() -> None:
+    assert scaling.stated("v5p") == (
+        "v5p: 459 TFLOP/s (bfloat16, dense), 2.77 TB/s and 95 GB of memory, 300 GB/s to other devices, 4 devices a host"
+    )

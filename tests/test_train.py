@@ -41,10 +41,10 @@ def command(recipe: Path, workdir: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "medjax.main", f"--config={recipe}", f"--workdir={workdir}", *more]
 
 
-def state_bytes(workdir: Path) -> dict[str, bytes]:
-    """Every array of the newest checkpoint, bit for bit."""
+def state_bytes(workdir: Path, step: int | None = None) -> dict[str, bytes]:
+    """Every array of a checkpoint (None: the newest), bit for bit."""
     checkpoints = Checkpoints(workdir, read_only=True)
-    step = checkpoints.newest("latest")
+    step = checkpoints.newest("latest") if step is None else step
     like = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])),
         jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), checkpoints._stored("latest", step)),
