@@ -372,9 +372,9 @@ def gather(name: str, value: Any, seconds: float = 3600) -> list[Any]:
 
     if count() == 1:
         return [value]
-    text = base64.b85encode(pickle.dumps(value)).decode()
+    text = base64.b64encode(pickle.dumps(value)).decode()
     found = _run.exchange(name, text, seconds)
-    return [pickle.loads(base64.b85decode(found[process])) for process in range(count())]
+    return [pickle.loads(base64.b64decode(found[process])) for process in range(count())]
 
 
 def agree(config: str, seconds: float = 120) -> None:

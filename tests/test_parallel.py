@@ -152,7 +152,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     eight = layouts.start(many, devices=8, log=folder / "eight.log")
     assert [p.wait() for p in alone] == [0], Path(f"{folder / 'one.log'}.0").read_text()
     for name, total in (("pair", STEPS), ("moving", 20)):
-        pair = layouts.start([call(name, total=total)], devices=4, processes=2, log=folder / f"{name}.log")
+        options: dict[str, Any] = {"log": folder / f"{name}.log", "tensorflow": name == "pair"}
+        pair = layouts.start([call(name, total=total)], devices=4, processes=2, **options)
         assert [p.wait() for p in pair] == [0, 0], Path(f"{folder / name}.log.0").read_text()
     short = [call(name, *overrides, total=FEW) for name, overrides in PAIRS.items()]
     pair = layouts.start(short, devices=2, processes=2, log=folder / "pairs.log")
