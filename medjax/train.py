@@ -210,6 +210,7 @@ def _train(
         if first >= job.total or history["stopped"]:
             save("latest", first)
     progress, clock, text = Progress("step", job.total), Clock(), ""
+    rate = jax.jit(rate)  # one call a log row, not one for each of its operations
     for number in range(first + 1, job.total + 1):
         if history["stopped"]:
             break
