@@ -174,6 +174,35 @@ def test_no_more_runs_at_a_time_than_slots(tmp_path: Path) -> None:
     assert states(works) == ["done"] * 5
 
 
+def test_what_cannot_go_on_leaves_nothing_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> str:
+        raise UserError("no room")
+
+    monkeypatch.setattr(sweep, "tell", full)
+    works = [work(tmp_path, "short", "true"), work(tmp_path, "long", f"echo $$ > {tmp_path}/pid; exec sleep 60")]
+    with pytest.raises(UserError, match="no room"):
+        sweep.run_local(works, slots(2), 0)
+    pid = tmp_path / "pid"
+    until(lambda: not pid.exists() or not Path(f"/proc/{pid.read_text().strip()}/exe").exists(), 10)
+
+
+def test_states_that_are_half_there(tmp_path: Path) -> None:
+    one = work(tmp_path, "one", "true")
+    one.update(state="failed", code=None)
+    file = one.folder / "status.json"
+    file.write_text('{"state": "failed"}')
+    assert one.status() == {"state": "failed", "tries": 0, "seconds": 0.0}
+    assert "failed" in sweep.table([one])
+    assert "lost" in sweep.table([one])
+    for text in ("[1]", "{"):
+        file.write_text(text)
+        with pytest.raises(UserError, match=r"status.json: not readable"):
+            one.status()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot make this folder"):
+        work(tmp_path / "file", "x", "true").update(state="waiting")
+
+
 def test_slots_of_gpus_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep.common, "cores", lambda: list(range(8)))
     monkeypatch.setattr(sweep.common, "gpus", list)
