@@ -1,7 +1,8 @@
 """Checkpoints: training state, data position and configuration in one. Alone knows Orbax.
 
 Two managers, so that keeping the best never evicts the latest: `<workdir>/checkpoints/latest` (the two newest) and
-`<workdir>/checkpoints/best` (one). Writing is asynchronous and atomic: a killed save leaves the one before.
+`<workdir>/checkpoints/best` (one). Writing is asynchronous and atomic: a killed save leaves the one before. So is
+removing: an old checkpoint is moved out of the way at once, and deleted there before the next is written.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from medjax.errors import UserError, warn_once
 
 # Room a save leaves on the disk beside the state's own bytes: metadata, and what else the run writes meanwhile.
 _SPARE_BYTES = 1 << 20
+_REMOVED = ".removed"  # folder of old checkpoints that are about to be deleted
 
 
 class Damaged(UserError):
@@ -52,6 +54,7 @@ class Checkpoints:
             if not read_only or (self._folder / kind).is_dir():
                 with self._writing(kind):
                     self._managers[kind] = self._manager(kind, keep, read_only)
+                    self._purge(kind)
 
     def _manager(self, kind: str, keep: int, read_only: bool) -> Any:
         ocp = self._ocp
@@ -59,6 +62,8 @@ class Checkpoints:
         several = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=kind)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
+            # Deleted in place, a killed process would leave the half of it, which looks like a checkpoint.
+            todelete_subdir=None if read_only else _REMOVED,
             create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,  # what a killed save left
@@ -81,6 +86,7 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(dict(meta)))
         with self._writing(kind):
             manager.wait_until_finished()
+            self._purge(kind)
             needed = sum(x.nbytes for x in jax.tree.leaves(state) if hasattr(x, "nbytes")) + _SPARE_BYTES
             free = shutil.disk_usage(self._folder).free
             if free < needed:
@@ -99,6 +105,12 @@ class Checkpoints:
         for kind, manager in self._managers.items():
             with self._writing(kind):
                 manager.wait_until_finished()
+                self._purge(kind)
+
+    def _purge(self, kind: str) -> None:
+        """Deletes what the manager has put aside; while it is not at work."""
+        if jax.process_index() == 0 and not self._read_only:
+            shutil.rmtree(self._folder / kind / _REMOVED, ignore_errors=True)
 
     @contextlib.contextmanager
     def _writing(self, kind: str) -> Iterator[None]:

@@ -51,6 +51,23 @@ def test_latest_keeps_two_and_best_one_apart(tmp_path: Path) -> None:
     again.close()
 
 
+def test_what_is_removed_is_at_no_time_half_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process killed while an old checkpoint goes leaves it whole and apart; the next one deletes it."""
+    latest, removed = tmp_path / "checkpoints" / "latest", tmp_path / "checkpoints" / "latest" / ".removed"
+    with monkeypatch.context() as patch, checkpoint.Checkpoints(tmp_path) as checkpoints:
+        patch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)  # killed before it could
+        for step in (1, 2, 3):
+            checkpoints.save("latest", step, {"x": jnp.full(3, step)}, {"step": step})
+        checkpoints.wait()
+        assert sorted(p.name for p in latest.iterdir()) == [".removed", "2", "3"]
+        assert {p.name for p in (removed / "1").iterdir()} >= {"meta", "state"}
+    with checkpoint.Checkpoints(tmp_path, read_only=True) as reader:
+        assert reader.steps("latest") == [3, 2]
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        assert not removed.exists()
+        assert checkpoints.steps("latest") == [3, 2]
+
+
 def test_a_step_saved_again_replaces_the_first(tmp_path: Path) -> None:
     checkpoints = checkpoint.Checkpoints(tmp_path)
     for value in (1.0, 2.0):

@@ -46,10 +46,11 @@ def attend(qkv: Array, heads: int, bias: Array | None = None, regions: np.ndarra
         return jnp.einsum("whij,wjhd->wihd", weights, v).reshape(-1, tokens, width // 3)
 
     # The logits are never kept for the backward pass: they are far larger than all else.
-    if jax.default_backend() != "cpu":
+    # Where the program may be divided it has no loop over the windows: the compiler would gather them for it.
+    if jax.default_backend() != "cpu" or jax.device_count() > 1:
         return jax.checkpoint(several)(qkv, labels)
 
-    # On a CPU one window after the other, whose logits stay in the cache.
+    # On one CPU device one window after the other, whose logits stay in the cache.
     @jax.checkpoint
     def one(item: tuple[Array, Array | None]) -> Array:
         qkv, labels = item
