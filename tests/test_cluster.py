@@ -250,7 +250,7 @@ def test_twenty_random_kills_lose_nothing(recipe: Path, tmp_path: Path) -> None:
         time.sleep(dice.uniform(0, 0.1))
         # One, and the other before it can notice: that it does is for the tests above.
         for process in dice.sample(pair, 2):
-            assert process.poll() is None, (tmp_path / "log.0").read_text()
+            assert process.poll() is None, [(tmp_path / f"log.{i}").read_text() for i in (0, 1)]
             process.send_signal(signal.SIGKILL)
             time.sleep(dice.choice((0, 0.02)))
         for process in pair:
