@@ -23,11 +23,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from medjax import runtime
+
+if __name__ == "__main__":
+    runtime.ensure_tuned_allocator()  # starts the program anew, which is too late once JAX is imported
+
 import jax
 import jax.numpy as jnp
 
 from medjax import config as config_lib
-from medjax import models, report, runtime, tasks, train
+from medjax import models, report, tasks, train
 from medjax.checkpoint import Checkpoints
 
 _BLOCK = 6  # bare steps in a row
@@ -114,5 +119,4 @@ def checkpoint(folder: Path, megabytes: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    runtime.ensure_tuned_allocator()
     main()
