@@ -43,7 +43,8 @@ def quick_scores(
       examiner: of the self-supervised tasks, where there are any.
 
     Returns:
-      'score', by which checkpoints are compared: the mean of the tasks' own (of masks, Dice); and what it is made of:
+      'score', by which checkpoints are compared: the mean of the tasks' own (of masks, Dice), not there where no case
+      has a label; and what it is made of:
       '<metric>' and '<metric>/<class>' of one task, with '<task>/' before it of several.
     """
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in predictor.tasks}
@@ -82,7 +83,7 @@ def quick_scores(
                 scores[f"{lead}{metric}"] = value["mean"]
             each = {k: v["mean"] for k, v in value["per_class"].items() if v["mean"] is not None}
             scores |= {f"{lead}{metric}/{label}": mean for label, mean in each.items()}
-    return {"score": float(np.mean(selected)) if selected else 0.0} | scores
+    return ({"score": float(np.mean(selected))} if selected else {}) | scores
 
 
 def _gathered(name: str, tables: dict[str, list[dict[str, Any]]], key: Callable) -> dict[str, list[dict[str, Any]]]:

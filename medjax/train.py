@@ -34,7 +34,7 @@ from medjax import (
 from medjax.checkpoint import Checkpoints
 from medjax.data import pipeline, sampler
 from medjax.data.cases import Cohort
-from medjax.errors import Resumable, UserError, write_atomic
+from medjax.errors import Resumable, UserError, warn_once, write_atomic
 from medjax.job import Job, bucket_shapes, fit_tasks, open_job, prepare_sources, steps_of
 from medjax.logging import Metrics, Progress, duration, say
 from medjax.models.model import parameter_count
@@ -182,8 +182,15 @@ def _train(
         metrics.write(number, {f"val/{k}": v for k, v in scores.items()})
         for name, picture in validation.draw(state.eval_params, workdir / "pretext", number).items():
             metrics.image(number, name, picture)
-        if history["best"] is None or scores["score"] > history["best"]:
-            history.update({"best": scores["score"], "best_step": number, "stale": 0})
+        if (score := scores.get("score")) is None:
+            warn_once(
+                "no validation case has a label (data.split), so checkpoints cannot be compared: the newest stands for "
+                "the best"
+            )
+            save("best", number)
+            return
+        if history["best"] is None or score > history["best"]:
+            history.update({"best": score, "best_step": number, "stale": 0})
             save("best", number)
         else:
             history["stale"] += 1

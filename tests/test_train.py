@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ import numpy as np
 import pytest
 
 from medjax import config as config_lib
+from medjax import evaluate, main, models, optim, parallel, tasks
 from medjax import job as job_lib
-from medjax import main, models, optim, parallel, tasks
 from medjax import step as step_lib
+from medjax import train as spine
 from medjax.checkpoint import Checkpoints
 from medjax.errors import UserError
 
@@ -241,6 +243,23 @@ def test_eight_devices_train_as_one(recipe: Path) -> None:
         assert count == int(devices)
         found[devices] = losses
     np.testing.assert_allclose(found["8"], found["1"], rtol=1e-5)
+
+
+def test_without_validation_labels_the_newest_is_the_best(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    scores = evaluate.quick_scores
+
+    def unlabelled(predictor: Any, params: Any, cases: Any, *rest: Any) -> dict[str, float]:
+        return scores(predictor, params, [replace(case, targets={}) for case in cases], *rest)
+
+    monkeypatch.setattr(evaluate, "quick_scores", unlabelled)
+    config = load(recipe, "train.patience=1")
+    spine.train(config, tmp_path)
+    assert Checkpoints(tmp_path, read_only=True).newest("best") == 8
+    said = capsys.readouterr()
+    assert "the newest stands for the best" in said.err
+    assert "best validation score" not in said.out
 
 
 def test_early_stopping_stops_and_says_so(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
