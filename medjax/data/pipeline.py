@@ -328,10 +328,12 @@ def _run(
                 if value is not out[key]:
                     out[key][...] = value
 
-        try:
-            filled: Iterator[None] = pool.map(fill, range(local))
-        except RuntimeError:  # the program ends, and nobody will see this batch
-            filled = map(fill, range(local))
+        filled = map(fill, range(local))
+        if (
+            workers > _AHEAD and local > 1
+        ):  # else the threads that make batches are enough, and need not wait for others
+            with contextlib.suppress(RuntimeError):  # the program ends, and nobody will see this batch
+                filled = pool.map(fill, range(local))
         for _ in filled:
             pass
         return made
