@@ -328,10 +328,8 @@ def _run(
                 if value is not out[key]:
                     out[key][...] = value
 
-        filled = map(fill, range(local))
-        if (
-            workers > _AHEAD and local > 1
-        ):  # else the threads that make batches are enough, and need not wait for others
+        filled: Iterator[None] = map(fill, range(local))
+        if workers > _AHEAD and local > 1:  # else the threads that make batches are enough, and need not wait
             with contextlib.suppress(RuntimeError):  # the program ends, and nobody will see this batch
                 filled = pool.map(fill, range(local))
         for _ in filled:
