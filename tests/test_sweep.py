@@ -317,7 +317,10 @@ def test_a_sweep_through_submitit(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pytest.importorskip("submitit")
+    with monkeypatch.context() as patch:
+        # On import it sets up logging, which closes every handler there is: absl's would close pytest's own stderr.
+        patch.setenv("SUBMITIT_LOG_LEVEL", "NOCONFIG")
+        pytest.importorskip("submitit")
     monkeypatch.chdir(REPO)
     # Preempted in its first turn, as if by the scheduler; a crash; a mistake; and one that just runs.
     moved = f"[ -e {tmp_path}/f ] && exit 0; touch {tmp_path}/f; exit 75"
