@@ -409,7 +409,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--folds", type=int, default=0, help="runs of each variant and seed: all folds of so many")
     p.add_argument("--only", default="", metavar="NAME,NAME", help="these variants alone")
     p.add_argument("--baseline", metavar="NAME", help="variant the others are compared with (default: the first)")
-    p.add_argument("--out", type=Path, help="folder of the sweep (default: runs/sweeps/RECIPE)")
+    p.add_argument("--out", type=Path, help="folder of the sweep (default: runs/sweeps/RECIPE or RECIPE_ARGUMENT)")
     p.add_argument("--executor", choices=("local", "slurm"), default="local")
     p.add_argument("--jobs", type=int, help="runs at a time; default: one a GPU, or one for every 4 cores; slurm: 256")
     p.add_argument("--retries", type=int, default=1, help="times a run that crashed is tried again")
@@ -450,9 +450,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"unknown argument '{unknown[0]}'; see --help")
     extra = [a.removeprefix("--config.") for a in rest]
     common.at_least(args, seeds=1, folds=0, retries=0)
-    out = args.out or Path("runs") / "sweeps" / _plain(
-        Path(args.config.partition(":")[0]).stem + args.config.partition(":")[2]
-    )
+    recipe, _, given = args.config.partition(":")
+    out = args.out or Path("runs") / "sweeps" / "_".join([Path(recipe).stem, *([_plain(given)] if given else [])])
     found = variants(args.config, [axis for group in args.grid for axis in group])
     names = [v.name for v in found]
     wanted = [n for n in args.only.split(",") if n]

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from test_launch import cluster, shown, start_now, until  # noqa: F401  (a fixture)
 
+from configs.ablations import multitask
 from launch import sweep
 from launch.work import Work
 from medjax.errors import UserError
@@ -119,6 +120,22 @@ def test_the_ablation_of_brain_seg_resolves(variant: str, monkeypatch: pytest.Mo
     assert {"base", "loss_dice", "augment_none", "no_deep_supervision", "wide", "mednext"} <= names
     # A grid beside the recipe's own variants multiplies them.
     assert len(sweep.variants(recipe, ["optim.lr=0.1,0.01"])) == 2 * len(found)
+
+
+def test_the_ablation_of_tasks_resolves(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(REPO)
+    recipe = "configs/ablations/multitask.py:recipe=lung_nodule,debug"
+    found = sweep.variants(recipe, [])
+    assert [v.name for v in found] == ["together", "only_nodules", "only_outline"]
+    assert sweep.check(recipe, found, [], 3, 0) == 0
+    # The folder is called as the recipe is.
+    assert (
+        "--workdir=runs/sweeps/multitask_recipe-lung-nodule-debug/only_nodules/" in dry(capsys, f"--config={recipe}")[1]
+    )
+    assert "--workdir=runs/sweeps/brain_seg/base/" in dry(capsys, "--config=configs/ablations/brain_seg.py")[0]
+    for wrong, message in (("brain_seg", "has one task"), ("none", "is no recipe"), ("breast,only=x", "is no task of")):
+        with pytest.raises(UserError, match=message):
+            multitask.get_config(f"recipe={wrong}")
 
 
 def test_recipes_whose_sweep_is_wrong(recipe: Path) -> None:
