@@ -215,6 +215,18 @@ def test_heads():
     pooled = np.concatenate([coarse.mean((1, 2, 3)), coarse.max((1, 2, 3))], -1)
     np.testing.assert_allclose(found, pooled @ kernel + bias, rtol=1e-5, atol=1e-6)
     assert bias.tolist() == [1, -1]
+    # Marks of great slope on one feature: what is pooled is the log of the share of voxels where it is above 0.1.
+    counts = PooledHead(1, levels=1, pool="share", maps=1)
+    variables = jax.jit(counts.init)(jax.random.key(0), pyramid)
+    kernel = jnp.zeros((1, 1, 1, 3, 1)).at[0, 0, 0, 0, 0].set(1e4)
+    marks = {"kernel": kernel, "bias": jnp.asarray([-1e3])}
+    params = {"map1": marks, "dense": {"kernel": jnp.ones((1, 1))}, "bias": jnp.zeros(1)}
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, variables["params"])
+    (found,) = jax.jit(counts.apply)({"params": params}, pyramid)
+    share = (coarse[..., 0] > 0.1).mean((1, 2, 3))
+    np.testing.assert_allclose(found[:, 0], np.log((share + 1e-5) / (0.01 + 1e-5)), rtol=1e-4)
+    (nothing,) = jax.jit(counts.apply)({"params": params}, [p * 0 for p in pyramid])
+    np.testing.assert_allclose(nothing, math.log(1e-5 / (0.01 + 1e-5)), rtol=1e-4)
     shared = PooledHead(3, shared=True)
     (steps,) = jax.jit(shared.init_with_output)(jax.random.key(0), pyramid)[0]
     np.testing.assert_allclose(steps, np.broadcast_to(steps[:, :1], (2, 3)))

@@ -6,6 +6,7 @@ heads, float32 [B, K] of pooled ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,8 @@ from jax import Array
 
 from medjax.models.layers import Conv3D
 
-POOLS = ("mean", "max", "both")
+POOLS = ("mean", "max", "both", "share")
+_MARKED, _LEAST = 1e-2, 1e-5  # shares of voxels, see PooledHead.pool
 
 
 class DenseHead(nn.Module):
@@ -48,7 +50,9 @@ class PooledHead(nn.Module):
 
     Attributes:
       outputs: K. levels: how many levels are pooled, the coarsest first; 0: all.
-      pool: 'mean', 'max' or 'both' over the voxels of a level.
+      pool: 'mean', 'max' or 'both' over the voxels of a level; or 'share': the log of the share of voxels that each of
+        `maps` learnt maps marks (logistic functions of a voxel's features). An instance norm leaves the mean of its
+        features no trace of how much of something there is; a share has it, whatever the norms.
       hidden: units of a hidden layer (GELU); 0: none.
       dropout: rate, on the pooled features and the hidden units; needs a 'dropout' key while training.
       shared: all K outputs are one linear function and differ by their bias alone (CORAL, Cao et al. 2020).
@@ -62,11 +66,20 @@ class PooledHead(nn.Module):
     dropout: float = 0.0
     shared: bool = False
     start: Sequence[float] = ()
+    maps: int = 16
 
     @nn.compact
     def __call__(self, pyramid: Sequence[Array], *, train: bool = False) -> list[Array]:
         pooled = []
-        for features in pyramid[-self.levels :]:
+        first = max(0, len(pyramid) - self.levels) if self.levels else 0
+        for i, features in enumerate(pyramid[first:], first):
+            if self.pool == "share":
+                # At the start a hundredth of the voxels is marked, and that is the zero of the pooled feature. The
+                # least share, of a small lesion's order, keeps the log of nothing finite.
+                head = Conv3D(self.maps, (1, 1, 1), dtype=features.dtype, name=f"map{i}")
+                marked = jax.nn.sigmoid(head(features).astype(jnp.float32) + math.log(_MARKED / (1 - _MARKED)))
+                pooled.append(jnp.log((marked.mean(axis=(1, 2, 3)) + _LEAST) / (_MARKED + _LEAST)))
+                continue
             # Pooled in float32: thousands of bfloat16 values lose the sum.
             x = features.astype(jnp.float32)
             if self.pool in ("mean", "both"):
