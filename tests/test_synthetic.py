@@ -125,6 +125,21 @@ def test_left_stays_left_on_every_grid(site: tuple[int, int, int]) -> None:
     assert len(codes) >= 4
 
 
+@pytest.mark.parametrize("degrees", [30, 179.98])
+def test_both_forms_of_the_header_agree(tmp_path: Path, degrees: float) -> None:
+    angle = np.deg2rad(degrees)
+    affine = np.diag([3.0, 3.0, 3.8, 1.0])
+    affine[:2, :2] = 3.0 * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    affine[:3, 3] = 75, -84, 86
+    synthetic.write_volume(tmp_path / "v.nii.gz", nib.Nifti1Image(np.zeros((64, 53, 46), np.int16), affine), affine)
+    read = nib.load(tmp_path / "v.nii.gz")
+    np.testing.assert_allclose(read.affine, affine, atol=1e-5)
+    q, code = read.get_qform(coded=True)
+    assert (code == 0) == (degrees > 90)  # near half a turn a quaternion would be off
+    if code:
+        np.testing.assert_allclose(q, affine, atol=1e-4)
+
+
 def test_anatomy_has_human_volumes() -> None:
     for number in range(3):
         case = brain_case(1, number, tumour=False)

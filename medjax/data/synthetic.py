@@ -36,6 +36,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from medjax.data.volume import corner_distance
 from medjax.errors import UserError
 from medjax.ops.native.build import cache_root
 from medjax.ops.native.cpus import usable_cpus
@@ -779,6 +780,10 @@ def write_volume(path: Path, volume: Any, affine: np.ndarray) -> None:
     """Writes a NIfTI volume in millimetres, the same bytes whenever it is written."""
     volume.set_sform(affine, code=1)
     volume.set_qform(affine, code=1)
+    # Three float32 numbers of a quaternion say little of rotations by nearly half a turn: no qform then, for what
+    # differs from the sform would be read otherwise by other programs.
+    if corner_distance(volume.header.get_qform(), affine, volume.shape) > 0.01:
+        volume.set_qform(None, code=0)
     volume.header.set_xyzt_units("mm")
     path.write_bytes(gzip.compress(volume.to_bytes(), compresslevel=1, mtime=0))
 
