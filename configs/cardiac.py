@@ -12,8 +12,8 @@ fractions and the diagnosis do not hang on it.
 The first stages convolve and halve in plane alone: slices are 10 mm apart, pixels 2 mm.
 
 Score: mean validation Dice 0.88 (RV 0.88, myocardium 0.86, LV 0.91) on 8 patients, 16 volumes; mean absolute error of
-the LV's ejection fraction 5.0 points, 7 of 8 diagnoses right. Cost: 14.5 minutes in all on 2 cores, in bfloat16 on a
-CPU with AMX. See docs/benchmarks.md.
+the LV's ejection fraction 5.0 points, 7 of 8 diagnoses right. Cost: 10.5 minutes in all on 2 idle cores, in bfloat16
+on a CPU with AMX. See docs/benchmarks.md.
 
 Arguments: `debug` (a few steps), `data=FOLDER`.
 """
