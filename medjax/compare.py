@@ -1,6 +1,7 @@
 """`python -m medjax.compare RUNS...`: evaluated runs side by side: means, intervals, paired tests, cost.
 
-Runs that differ only in seed (or fold) are one experiment. Writes `summary.md`, `metrics.csv`, `runs.csv` and a
+Runs that differ only in seed (or fold) are one experiment. Each metric of the baseline is compared among the
+experiments that have it: a network of several tasks stands beside one of a single task in the table of that task. Writes `summary.md`, `metrics.csv`, `runs.csv` and a
 picture a metric into `--to`.
 
 What the figures are. A metric of a case (Dice, HD95) is averaged over cases, then classes, as in `summary.json`, with
@@ -21,10 +22,12 @@ import argparse
 import csv
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -69,6 +72,11 @@ class Result:
     @property
     def seed(self) -> int:
         return int(self.config.get("seed", 0))
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """That cases were scored for."""
+        return list(dict.fromkeys(row["task"] for row in self.rows))
 
 
 @dataclass(frozen=True)
@@ -273,7 +281,7 @@ def wilcoxon(differences: np.ndarray) -> float:
 def compare(
     experiments: Sequence[Experiment], baseline: str, *, n: int = RESAMPLES, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Every metric of every experiment, its classes and their mean (class ''), beside the baseline's.
+    """Every metric of the baseline, its classes and their mean (class ''), beside that of each experiment that has it.
 
     Args:
       baseline: name of an experiment. n, seed: of the bootstrap.
@@ -286,16 +294,21 @@ def compare(
     Raises:
       UserError: runs evaluated on different cases, or on different classes of a task.
     """
-    check_cases(experiments)
     rows: list[dict[str, Any]] = []
     reference = next(e for e in experiments if e.name == baseline)
     patients = list(dict.fromkeys(row["group"] for run in reference.runs for row in run.rows))
     draws = np.random.default_rng(seed).multinomial(len(patients), np.full(len(patients), 1 / len(patients)), n)
-    for task, metric, classes, kind in metrics_of(experiments):
+    measured = metrics_of(experiments, reference)
+    for task in dict.fromkeys(m.task for m in measured):
+        having = {name for m in measured if m.task == task for name in m.experiments}
+        check_cases([e for e in experiments if e.name in having], task)
+    for task, metric, classes, kind, having in measured:
         found: list[dict[str, Any]] = []
         drawn: dict[str, np.ndarray] = {}
         base = values_of(reference, task, metric, classes, patients)
         for i, experiment in enumerate([reference, *(e for e in experiments if e is not reference)]):
+            if experiment.name not in having:
+                continue
             about: dict[str, Any] = {"experiment": experiment.name, "task": task, "metric": metric, "kind": kind}
             about["seeds"] = len(experiment.seeds)
             if kind == "cohort":
@@ -350,21 +363,33 @@ def _of_cohort(experiment: Experiment, task: str, metric: str, classes: Sequence
 
 def _entry(run: Result, task: str, metric: str, name: str) -> Mapping[str, Any] | None:
     """What `summary.json` says of a metric, or of one class of it."""
-    entry = run.metrics.get(f"{task}/{metric}") or run.metrics.get(metric)
+    entry = run.metrics.get(f"{task}/{metric}")
+    if entry is None and run.tasks == [task]:  # the only one, whose metrics may go without its name
+        entry = run.metrics.get(metric)
     return entry if entry is None or not name else entry["per_class"].get(name)
 
 
-def metrics_of(experiments: Sequence[Experiment]) -> list[tuple[str, str, list[str], str]]:
-    """(task, metric, classes, 'case' or 'cohort') of what every run was scored by, in the evaluation's order."""
-    first = experiments[0].runs[0]
-    names = list(dict.fromkeys(row["task"] for row in first.rows))
+class Measured(NamedTuple):
+    """A metric to compare, by case or of the whole 'cohort' (`kind`), and the names of the experiments that have it."""
+
+    task: str
+    metric: str
+    classes: list[str]
+    kind: str
+    experiments: set[str]
+
+
+def metrics_of(experiments: Sequence[Experiment], reference: Experiment) -> list[Measured]:
+    """What every run of `reference` and of one other experiment at least was scored by, in the evaluation's order."""
+    first = reference.runs[0]
     found = []
     for key in first.metrics:
         lead, _, metric = key.rpartition("/")
-        task = lead or names[0]
-        runs = [run for e in experiments for run in e.runs]
-        if any(_entry(run, task, metric, "") is None for run in runs):
+        task = lead or first.tasks[0]
+        having = [e for e in experiments if all(_entry(run, task, metric, "") is not None for run in e.runs)]
+        if reference.name not in {e.name for e in having} or len(having) < min(2, len(experiments)):
             continue
+        runs = [run for e in having for run in e.runs]
         classes = list(first.metrics[key]["per_class"])
         other = next((r for r in runs if list(_entry(r, task, metric, "")["per_class"]) != classes), None)  # type: ignore[index]
         if other is not None:
@@ -373,7 +398,7 @@ def metrics_of(experiments: Sequence[Experiment]) -> list[tuple[str, str, list[s
                 "labelling"
             )
         of_cases = all(metric in run.rows[0] and _once(run, task) for run in runs)
-        found.append((task, metric, classes, "case" if of_cases else "cohort"))
+        found.append(Measured(task, metric, classes, "case" if of_cases else "cohort", {e.name for e in having}))
     if not found:
         raise UserError("the runs have no metric of a task in common; compare runs that train the same task")
     return found
@@ -401,13 +426,13 @@ def values_of(
     return Values(sums, counts)
 
 
-def check_cases(experiments: Sequence[Experiment]) -> None:
-    """Raises UserError unless every experiment was evaluated on the same cases: seed by seed, or whatever the seed."""
+def check_cases(experiments: Sequence[Experiment], task: str) -> None:
+    """Raises UserError unless a task was scored on the same cases everywhere: seed by seed, or whatever the seed."""
     maps: list[dict[int, set[str]]] = []
     for experiment in experiments:
         maps.append({seed: set() for seed in experiment.seeds})
         for run in experiment.runs:
-            maps[-1][run.seed].update(row["case"] for row in run.rows)
+            maps[-1][run.seed].update(row["case"] for row in run.rows if row["task"] == task)
     if all(m == maps[0] for m in maps):
         return
     sets = [(e, seed, cases) for e, m in zip(experiments, maps, strict=True) for seed, cases in m.items()]
@@ -448,11 +473,12 @@ def report(
         "test over patients, corrected by Holm for the experiments of a table.",
     ]
     # All differences of one sign: the smallest two-sided p that n patients can give, and what Holm makes of it.
-    least = max(1, len(experiments) - 1) * 2.0 ** (1 - patients)
-    if patients and len(experiments) > 1 and least > 1 - LEVEL:
+    tested = min(Counter((row["task"], row["metric"]) for row in rows if "p" in row).values(), default=0)
+    least = tested * 2.0 ** (1 - patients)
+    if patients and least > 1 - LEVEL:
         lines += [
             "",
-            f"{patients} patients, {len(experiments)} experiments: no p here can be below {min(1.0, least):.2g}.",
+            f"{patients} patients, {tested + 1} experiments: no p here can be below {min(1.0, least):.2g}.",
         ]
     for task, metric in shown(rows):
         lines += [
@@ -469,6 +495,8 @@ def report(
                 lines.append(
                     f"| {row['experiment']} | {row['seeds']} | {_cell(row, 'mean', 'low', 'high')} | {change} | {p} |"
                 )
+    if without := strangers(experiments, rows):
+        lines += ["", f"No metric in common with the baseline: {', '.join(without)}."]
     lines += [
         "",
         "## Cost of a run",
@@ -498,6 +526,12 @@ def _at(config: Any, line: str) -> Any:
     for key in line.partition(": ")[0].split("."):
         config = config.get(key) if isinstance(config, Mapping) else None
     return config
+
+
+def strangers(experiments: Sequence[Experiment], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the experiments that no row is about."""
+    compared = {row["experiment"] for row in rows}
+    return [e.name for e in experiments if e.name not in compared]
 
 
 def shown(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -610,6 +644,8 @@ def compare_folders(paths: Sequence[Path], baseline: str | None, to: Path | None
     target = to or _common(paths) / "compare"
     write(target, experiments, rows, chosen, text)
     say_table(experiments, rows, chosen, split)
+    for name in strangers(experiments, rows):
+        say(f"left out    {name}: no metric in common with {chosen}")
     for folder, why in left.items():
         say(f"left out    {folder}: {why}")
     say(f"written     {target}/summary.md, metrics.csv, runs.csv and pictures")

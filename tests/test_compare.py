@@ -63,6 +63,34 @@ def write_run(
     return folder
 
 
+def write_tasks(folder: Path, kinds: dict[str, str], shift: float = 0.0, unscored: tuple[str, ...] = ()) -> Path:
+    """A run of several tasks ('dice' or 'auroc'), as the evaluation writes it: one task's metrics go without its name.
+
+    The Dice of task 'a' is about 0.3, of any other 0.6, and `shift` higher.
+    """
+    write_run(folder, noisy(0.5, 0), name=folder.name, tasks=list(kinds))
+    place, table, metrics = folder / "eval" / "test", [], {}
+    for task, kind in kinds.items():
+        rows: list[dict[str, Any]] = [
+            {"case": f"c{i}", "group": f"p{i}", "task": task, "class": k}
+            | ({"dice": (0.3 if task == "a" else 0.6) + shift + 0.01 * i} if kind == "dice" else {"probability": 0.5})
+            for i in range(10)
+            for k in CLASSES
+        ]
+        table += rows
+        if kind == "dice":
+            found: dict[str, Any] = stats.summarize(rows, ("dice",), CLASSES)
+        else:
+            found = {"auroc": {"mean": 0.8 + shift, "ci95": [0.7, 0.9], "per_class": {}}}
+        metrics |= {f"{task}/{k}" if len(kinds) > 1 else k: v for k, v in found.items()}
+    with (place / "cases.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(k for row in table for k in row)))
+        writer.writeheader()
+        writer.writerows(table)
+    (place / "summary.json").write_text(json.dumps({"metrics": metrics, "seconds": 3.0}))
+    return folder
+
+
 def noisy(mean: float, seed: int, spread: float = 0.05) -> Score:
     def score(case: int, name: str) -> float:
         rng = np.random.default_rng((seed, case, CLASSES.index(name)))
@@ -240,3 +268,55 @@ def test_seeds_that_change_the_split_compare_seed_by_seed(tmp_path: Path) -> Non
     assert compared(folders)["other", "dice", ""]["patients"] == 12
     with pytest.raises(UserError, match="different cases"):
         compared(folders[:3])
+
+
+@pytest.mark.parametrize("kind", ["auroc", "dice"])
+def test_one_network_for_all_tasks_against_one_a_task(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is compared with the run of that task alone, whose metrics go without its name; never with another's."""
+    write_tasks(tmp_path / "together", {"a": "dice", "b": kind})
+    write_tasks(tmp_path / "only_a", {"a": "dice"}, 0.01)
+    write_tasks(tmp_path / "only_b", {"b": kind}, 0.02)
+    compare.main([*(str(tmp_path / n) for n in ("together", "only_a", "only_b")), f"--to={tmp_path}/compare"])
+    table = list(csv.DictReader((tmp_path / "compare" / "metrics.csv").open()))
+    found = {(r["task"], r["metric"], r["experiment"]): float(r["mean"]) for r in table if not r["class"]}
+    b = (0.8, 0.82) if kind == "auroc" else (0.645, 0.665)
+    assert found == pytest.approx(
+        {
+            ("a", "dice", "together"): 0.345,
+            ("a", "dice", "only_a"): 0.355,
+            ("b", kind, "together"): b[0],
+            ("b", kind, "only_b"): b[1],
+        }
+    )
+    differences = {r["experiment"]: float(r["difference"]) for r in table if r.get("difference") and not r["class"]}
+    assert differences == pytest.approx({"only_a": 0.01} | ({"only_b": 0.02} if kind == "dice" else {}))
+    text = (tmp_path / "compare" / "summary.md").read_text()
+    assert all(f"\n| {name} | 1 | 8 |" in text.split("## Cost")[1] for name in ("together", "only_a", "only_b"))
+    # From the side of one task the other is left out, which is said.
+    capsys.readouterr()
+    compare.main([*(str(tmp_path / n) for n in ("together", "only_a", "only_b")), "--baseline=only_a"])
+    assert "left out    only_b: no metric in common with only_a" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no metric of a task in common"):
+        compare.main([str(tmp_path / "only_a"), str(tmp_path / "only_b")])
+
+
+def test_each_task_has_its_own_cases(tmp_path: Path) -> None:
+    """Task b was scored on fewer cases than a: the runs of one task are compared all the same."""
+    folders = [
+        write_tasks(tmp_path / "together", {"a": "dice", "b": "dice"}),
+        write_tasks(tmp_path / "only_a", {"a": "dice"}),
+        write_tasks(tmp_path / "only_b", {"b": "dice"}),
+    ]
+
+    def without(folder: Path, task: str, case: str) -> None:
+        file = folder / "eval/test/cases.csv"
+        file.write_text("".join(x for x in file.open(newline="") if not (f",{task}," in x and x.startswith(case))))
+
+    for folder in (folders[0], folders[2]):
+        without(folder, "b", "c3")
+    assert {key[0] for key in compared(folders, "together")} == {"together", "only_a", "only_b"}
+    without(folders[1], "a", "c4")
+    with pytest.raises(UserError, match="different cases: c4 only in together"):
+        compared(folders, "together")
