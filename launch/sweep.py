@@ -504,17 +504,26 @@ def where(args: argparse.Namespace) -> str:
 
 
 def finish(works: Sequence[Work], out: Path, baseline: str | None) -> None:
-    """Compares what is done; ends with code 1 if something failed."""
-    states = [w.status()["state"] for w in works]
-    if "done" in states and not any(s in ("queued", "running", "waiting") for s in states):
-        from medjax import compare
+    """Compares what is done, in the variants' order; ends with code 1 if something failed."""
+    from medjax import compare
 
-        done = {w.folder.resolve() for w in works if w.status()["state"] == "done"}
+    states = [w.status()["state"] for w in works]
+    left = states.count("failed") + states.count("interrupted")
+    if "done" in states and not any(s in ("queued", "running", "waiting") for s in states):
+        order = list(dict.fromkeys(w.name.partition("/")[0] for w in works))
+        # Seeds are outermost in `works`: the first that is done may be another variant's than the first.
+        done = [(w.name.partition("/")[0], w.folder) for w, s in zip(works, states, strict=True) if s == "done"]
+        done.sort(key=lambda found: order.index(found[0]))
         say("")
-        compare.compare_folders(
-            [w.folder for w in works if w.folder.resolve() in done], baseline, out / "compare", None
-        )
-    if left := states.count("failed") + states.count("interrupted"):
+        if not baseline and done[0][0] != order[0]:
+            say(f"'{order[0]}', the first variant, has no finished run: '{done[0][0]}' is the baseline in its place")
+        try:
+            compare.compare_folders([folder for _, folder in done], baseline, out / "compare", None)
+        except UserError as error:
+            if not left:
+                raise
+            say(f"not compared: {error}")  # a fold that failed leaves its cases out, say
+    if left:
         say(f"{left} run(s) failed or were cancelled; the same command tries them again")
         raise SystemExit(1)
 

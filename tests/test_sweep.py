@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_compare import noisy, write_run
 from test_launch import cluster, shown, start_now, until  # noqa: F401  (a fixture)
 
 from configs.ablations import multitask
@@ -269,6 +270,57 @@ except sweep.Interrupted as stopped:
         assert (tmp_path / i / "log.txt").read_text().rstrip().endswith("saved")
         assert json.loads((tmp_path / i / "status.json").read_text())["state"] == "interrupted"
     assert not (tmp_path / "2" / "status.json").exists()
+
+
+# ---- what is told at the end
+
+
+def finished(folder: Path, name: str, value: float, *, state: str = "done", cases: range = range(6)) -> Work:
+    """A run of a sweep, as it is once it has ended."""
+    one = work(folder, name, "true")
+    if state == "done":
+        variant, _, repeat = name.partition("/")
+        seed, _, fold = repeat.removeprefix("seed").partition("_fold")
+        data = {"split": {"fold": int(fold or 0)}, "batch_size": 2}
+        write_run(one.folder, noisy(value, 0), name=variant, seed=int(seed), data=data, cases=cases)
+    one.update(state=state)
+    return one
+
+
+def test_the_first_variant_stays_the_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    works = [
+        finished(tmp_path, "base/seed0", 0.5, state="failed"), finished(tmp_path, "wide/seed0", 0.7),
+        finished(tmp_path, "base/seed1", 0.5), finished(tmp_path, "wide/seed1", 0.7),
+    ]  # fmt: skip
+    with pytest.raises(SystemExit, match="1"):
+        sweep.finish(works, tmp_path, None)
+    out = capsys.readouterr().out
+    assert "difference from base" in out
+    assert "1 run(s) failed" in out
+    works[2].update(state="failed")
+    with pytest.raises(SystemExit, match="1"):
+        sweep.finish(works, tmp_path, None)
+    out = capsys.readouterr().out
+    assert "'base', the first variant, has no finished run: 'wide' is the baseline in its place" in out
+    assert "2 run(s) failed" in out
+    with pytest.raises(SystemExit, match="1"):
+        sweep.finish(works, tmp_path, "base")
+    assert "not compared: --baseline=base: no such experiment; there are: wide" in capsys.readouterr().out
+
+
+def test_a_fold_that_failed_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its cases are missing from one experiment, which cannot be compared; that is no mistake of the user's."""
+    works = [
+        finished(tmp_path, f"{name}/seed0_fold{fold}", 0.5, cases=range(6 * fold, 6 * fold + 6),
+                 state="failed" if (name, fold) == ("wide", 1) else "done")
+        for fold in range(2)
+        for name in ("base", "wide")
+    ]  # fmt: skip
+    with pytest.raises(SystemExit, match="1"):
+        sweep.finish(works, tmp_path, None)
+    out = capsys.readouterr().out
+    assert "not compared: the runs were evaluated on different cases" in out
+    assert "1 run(s) failed or were cancelled; the same command tries them again" in out
 
 
 # ---- the whole
