@@ -1,8 +1,8 @@
 """`python -m medjax.compare RUNS...`: evaluated runs side by side: means, intervals, paired tests, cost.
 
 Runs that differ only in seed (or fold) are one experiment. Each metric of the baseline is compared among the
-experiments that have it: a network of several tasks stands beside one of a single task in the table of that task. Writes `summary.md`, `metrics.csv`, `runs.csv` and a
-picture a metric into `--to`.
+experiments that have it: a network of several tasks stands beside one of a single task in the table of that task.
+Writes `summary.md`, `metrics.csv`, `runs.csv` and a picture a metric into `--to`.
 
 What the figures are. A metric of a case (Dice, HD95) is averaged over cases, then classes, as in `summary.json`, with
 every seed counting alike. Its 95 % interval is a percentile bootstrap that draws patients and seeds anew, independently
