@@ -7,8 +7,8 @@ are learnt together, and says nothing about patients.
 
 An intensity threshold (`python -m benchmarks.threshold`) reaches a Dice of 0.23 for the tissue on the test cases, and
 how many voxels lie beyond it an AUROC of 0.59 for the stroke; the network reaches 0.59 and 0.76. The risk itself, which
-the generator knows, has an AUROC of 0.95, the volume of the lesions alone 0.86: with 160 patients to learn from, much is
-left. Cost: 6 minutes on 2 cores, in bfloat16 on a CPU with AMX. See docs/benchmarks.md.
+the generator knows, has an AUROC of 0.95, the volume of the lesions alone 0.86: with 160 patients to learn from, much
+is left. Cost: 6 minutes on 2 cores, in bfloat16 on a CPU with AMX. See docs/benchmarks.md.
 
 Arguments: `debug` (a few small brains, a few steps; under a minute).
 """
