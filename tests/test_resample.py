@@ -116,6 +116,16 @@ def test_label_ties_go_to_the_lower_label():
     assert resample_labels(labels, (1, 1, 1), (2, 2, 2)).item() == 5
 
 
+def test_a_label_that_rounding_alone_reaches_is_not_there():
+    # Positions such as 4 + 2e-15: the slice at 5 has a crumb of that voxel's weight, and nothing else.
+    labels = np.zeros((24, 24, 24), np.uint8)
+    labels[5, 5:9, 5:9] = 1
+    assert not resample_labels(labels, (8, 8, 8), (1.2 / 0.4,) * 3).any()
+    labels[4:6] = 2
+    out = resample_labels(labels, (8, 8, 8), (1.2 / 0.4,) * 3)
+    np.testing.assert_array_equal(out, labels[1::3, 1::3, 1::3])
+
+
 def test_single_label_and_single_voxel():
     assert (resample_labels(np.full((3, 3, 3), 4, np.uint8), (5, 2, 1), (0.6, 1.5, 3)) == 4).all()
     assert resample(np.full((1, 1, 1), 7.0), (3, 2, 1), (0.3, 0.5, 1), 3).tolist() == np.full((3, 2, 1), 7.0).tolist()

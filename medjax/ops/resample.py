@@ -136,9 +136,9 @@ def resample_labels(
         member = labels == value
         box = bounding_box(member)
         assert box is not None  # every value of np.unique occurs
-        # Only output voxels that touch the box can hold the label.
+        # Only output voxels that touch the box can hold the label; by a crumb of rounding none does.
         parts = [matrix[:, s] for matrix, s in zip(matrices, box, strict=True)]
-        reach = [np.flatnonzero(part.any(axis=1)) for part in parts]
+        reach = [np.flatnonzero((part > _NEGLIGIBLE).any(axis=1)) for part in parts]
         if any(len(r) == 0 for r in reach):
             continue
         region = tuple(slice(int(r[0]), int(r[-1]) + 1) for r in reach)
