@@ -209,6 +209,20 @@ def test_thick_slices_are_resampled_on_their_own():
     assert (thick.geometry.label_map_to_original(thick.targets["seg"]) == labels).mean() > 0.97
 
 
+@pytest.mark.parametrize("slices", [20, 30])
+def test_how_many_slices_there_are_does_not_say_how_they_are_resampled(slices):
+    case = volume(noise(8, 8, slices), np.diag([1.0, 1.0, 5.0, 1.0]))
+    spec = plan(spacing=(1.0, 1.0, 5.1), anisotropy=3.0)
+    prepared = spec.apply(case)
+    assert prepared.image.shape[2] == {20: 20, 30: 29}[slices]
+    own = plan().apply(case).image
+    stored = {own[:, :, i].tobytes() for i in range(slices)}
+    assert {prepared.image[:, :, i].tobytes() for i in range(prepared.image.shape[2])} <= stored  # none is a blend
+    same = plan(spacing=(1.0, 1.0, 5.0), anisotropy=3.0).apply(case)
+    assert same.geometry.same_grid
+    np.testing.assert_array_equal(same.image, own)
+
+
 @pytest.mark.parametrize(
     ("edges", "target", "coarse"),
     [
@@ -218,6 +232,7 @@ def test_thick_slices_are_resampled_on_their_own():
         ((0.24, 1.25, 1.25), (1, 1, 1), None),  # two long edges make no slices
         ((1, 1, 1), (1, 1, 5), 2),  # else the target's voxels decide
         ((1, 1, 5), (1, 1, 5), None),  # nothing to resample
+        ((1, 1, 5), (1, 1, 5.1), 2),  # though 9 slices stay 9
     ],
 )
 def test_which_axis_is_coarse(edges, target, coarse):
