@@ -19,6 +19,7 @@ import math
 import os
 import pickle
 import re
+import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -171,7 +172,7 @@ def _strip(weights: Weights) -> Weights:
 def save(folder: Path, params: Weights, about: Mapping[str, Any]) -> Path:
     """Writes `params` (path -> array) and what they are of into `folder`, beside and renamed."""
     file = folder / FILE
-    beside = folder / f".{FILE}.{os.getpid()}.tmp"
+    beside = folder / f".{FILE}.{uuid.uuid4().hex}.tmp"  # processes of one number may write from several machines
     text = json.dumps({"format": FORMAT, **about}, indent=1)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import errno
 import os
 import sys
 import threading
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -43,12 +44,17 @@ def warn_once(message: str) -> None:
 
 def write_atomic(path: Path, text: str) -> None:
     """Writes a text file beside its place and renames it; a failure leaves what was there and raises UserError."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A name of its own: processes of one number may write from several machines.
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        beside.write_text(text)
-        os.replace(beside, path)
+        beside.touch(exist_ok=False)  # what another has made is not removed
+        try:
+            beside.write_text(text)
+            os.replace(beside, path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot write: {error.strerror}; free some room or choose another folder") from error
 
 

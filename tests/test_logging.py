@@ -94,6 +94,20 @@ def test_a_users_error_is_one_message_and_exit_code_2(capsys: pytest.CaptureFixt
     assert capsys.readouterr().err == "\nmedjax: error: scan.nii.gz: is broken; fetch it again\n"
 
 
+def test_two_writers_of_one_text_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, real = tmp_path / "summary.json", Path.write_text
+
+    def slow(self: Path, text: str) -> None:
+        real(self, text)
+        if text == "first":
+            write_atomic(file, "second")  # of the same process number, on another machine
+
+    monkeypatch.setattr(Path, "write_text", slow)
+    write_atomic(file, "first")
+    assert file.read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "summary.json"
     write_atomic(file, "old")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import errno
 import gzip
+import importlib.util
 import io
 import os
 import struct
+import uuid
 from pathlib import Path
 
 import nibabel as nib
@@ -577,6 +579,29 @@ def test_failed_write_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch, nam
         nifti.write(tmp_path / name, voxels() + 1, like)
     assert (tmp_path / name).read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path, monkeypatch):
+    # Two machines: each has its own modules, and both processes have the same number.
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    one, two = (importlib.util.module_from_spec(importlib.util.find_spec(nifti.__name__)) for _ in range(2))
+    for module in (one, two):
+        module.__spec__.loader.exec_module(module)
+    path = tmp_path / "a.nii"
+    with one._replacing(path) as first:
+        first.write(b"first")
+        with two._replacing(path) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+    assert path.read_bytes() == b"first"
+    # Nor does one that meets the other's file take it away.
+    monkeypatch.setattr("uuid.uuid4", lambda: uuid.UUID(int=1))
+    with nifti._replacing(path) as first:
+        first.write(b"third")
+        with pytest.raises(UserError, match="cannot be written: File exists"), nifti._replacing(path):
+            pass
+    assert path.read_bytes() == b"third"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.nii"]
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ import contextlib
 import gzip
 import importlib
 import io
-import itertools
 import logging
 import math
 import os
 import re
 import struct
+import uuid
 import zlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -79,7 +79,6 @@ _FOREIGN = (
 
 _quiet = logging.getLogger("medjax.nibabel")
 _quiet.disabled = True  # nibabel's header checks log what is told here in one sentence, with the file's name
-_temporary = itertools.count()
 
 
 def read(path: str | os.PathLike[str]) -> Volume:
@@ -774,11 +773,13 @@ def _write_stream(file: Any, header: Any, array: np.ndarray) -> None:
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file that becomes `path` once it is complete and on the disk; nothing is left behind on failure."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{next(_temporary)}.tmp")
+    # Processes of one number may write from several machines.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(temporary, "xb")  # noqa: SIM115 (closed below; what another has made is not removed)
         try:
-            with open(temporary, "xb") as file:
+            with file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
