@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -372,6 +373,32 @@ store.prepare({str(folder)!r}, "Spheres", plan, {{"all": cases}}, workers=1)
     for a, b in zip(build(folder, plan, own), memory, strict=True):
         same(a, b)
     assert sorted(calls) == [c.id for c in own[3:]]
+    # The case may be another's, who is at it still; after a day it is not.
+    (part,) = leftovers(folder)
+    os.utime(part, (0, time.time() - 23 * 3600))
+    build(folder, plan, own)
+    assert leftovers(folder) == [part]
+    os.utime(part, (0, time.time() - 25 * 3600))
+    build(folder, plan, own)
+    assert not leftovers(folder)
+
+
+def test_where_nothing_is_locked_no_writer_loses_its_file(
+    own: tuple, plan: preprocess.Plan, memory: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    folder, real = tmp_path / "store", records._sums
+
+    def slow(beside: Path, record: bytes) -> Any:
+        monkeypatch.setattr(records, "_sums", real)
+        build(folder, plan, own[:1])  # by another machine, while this one has written the same case and not renamed it
+        return real(beside, record)
+
+    monkeypatch.setattr(records, "_sums", slow)
+    same(build(folder, plan, own[:1])[0], memory[0])
     assert not leftovers(folder)
 
 
@@ -430,6 +457,23 @@ def test_a_damaged_file_is_made_anew(
     assert calls == ([] if when == "before" and harm != "a bit" else [own[1].id])
     for a, b in zip(build(tmp_path / "store", plan, own), memory, strict=True):
         same(a, b)
+
+
+def test_what_another_process_has_mended_is_kept(
+    own: tuple, plan: preprocess.Plan, memory: list, tmp_path: Path, calls: list[str]
+) -> None:
+    mine, other = build(tmp_path / "store", plan, own[:1]), build(tmp_path / "store", plan, own[:1])
+    path = mine[0].image._record.path
+    damage(path)
+    same(other[0], memory[0])
+    calls.clear()
+    mended = path.stat().st_ino, path.stat().st_mtime_ns
+    # This one found the damage before, and comes to mend it only now.
+    record = mine[0].image._record
+    record._mend("damaged", record._checked)
+    same(mine[0], memory[0])
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == mended
+    assert not calls
 
 
 def test_a_damaged_index_is_made_anew(own: tuple, plan: preprocess.Plan, memory: list, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ arrays lie, so that a part of an array is read without the rest.
 from __future__ import annotations
 
 import base64
+import contextlib
 import ctypes
 import errno
 import hashlib
@@ -13,6 +14,7 @@ import math
 import os
 import sys
 import threading
+import time
 import uuid
 import weakref
 import zlib
@@ -37,6 +39,7 @@ _OPTIONS = "group_size:1,uncompressed"  # voxels are read in place, and compress
 _LARGEST = (1 << 31) - (1 << 20)  # bytes a protocol buffer may have, less room for the small features
 _MAPPED = 1 / 8  # of the machine's memory: what mapped files may show as resident
 _PIECES = 512  # pairs of buffers a preadv call takes (IOV_MAX is 1024)
+_STALE_SECONDS = 24 * 3600  # a case is written in minutes: what is older has no writer any more
 _NO_MASK = (2, 2, 2)  # shape of a mask that is not there; TFDS's numpy reader trips over empty arrays
 
 MASKS = ("mask", "findings")
@@ -291,8 +294,6 @@ class Stored:
 def write(path: Path, record: bytes, about: dict[str, Any]) -> None:
     """Writes a case's Example and the JSON beside it; both are renamed into place when whole."""
     beside = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.part")
-    for left in path.parent.glob(f".{path.stem}.*.part"):  # of a build that was killed
-        left.unlink(missing_ok=True)
     try:
         _write_record(beside, record)
         about["start"], about["blocks"], about["size"] = _sums(beside, record)
@@ -301,6 +302,14 @@ def write(path: Path, record: bytes, about: dict[str, Any]) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def remove_stale(pool: Path) -> None:
+    """Removes what killed builds left among the cases; what is younger may be another's, at work without locks."""
+    for left in pool.glob("*/.*.part"):
+        with contextlib.suppress(OSError):  # another has removed it, or may write here and this process may not
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                left.unlink()
 
 
 def _write_record(path: Path, record: bytes) -> None:
@@ -482,6 +491,18 @@ def about_if_whole(path: Path) -> dict[str, Any] | None:
         return about if path.stat().st_size == about["size"] else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a case's file is what was written, all its blocks read and compared."""
+    if (about := about_if_whole(path)) is None:
+        return False
+    try:
+        with path.open("rb") as file:
+            sums = np.frombuffer(base64.b64decode(about["blocks"]), "<u4")
+            return all(zlib.crc32(file.read(_BLOCK)) == checksum for checksum in sums)
+    except OSError:
+        return False
 
 
 def no_room(folder: Path, reason: str) -> UserError:

@@ -180,6 +180,7 @@ class _Builder:
         cases = [case for members in splits.values() for case in members]
         keys = dict(zip(map(id, cases), self._each("checking source files", self._key, cases), strict=True))
         self._sources.save()
+        records.remove_stale(self.pool)
         absent = [case for case in cases if records.about_if_whole(_file(self.pool, keys[id(case)])) is None]
         if absent:
             self._check_room(absent)
@@ -227,22 +228,26 @@ class _Builder:
         path = _file(self.pool, key)
 
         def rebuild() -> Mapping[str, Any]:
-            path.unlink(missing_ok=True)
             if self._key(case) != key:
                 raise UserError(f"{path}: damaged, and case {case.id} has been edited since; give the command again")
-            self._build(case, key, wait=True)
+            self._build(case, key, wait=True, doubted=True)
             return _require_about(path)
 
         return _open_case(path, _require_about(path), rebuild)
 
-    def _build(self, case: Case, key: str, wait: bool) -> bool:
-        """Prepares and writes a case unless it is there; False if another process is at it and `wait` is False."""
+    def _build(self, case: Case, key: str, wait: bool, doubted: bool = False) -> bool:
+        """Prepares and writes a case unless it is there; False if another process is at it and `wait` is False.
+
+        What is there is kept if `doubted` only after all of it has been read: another process may have mended it.
+        """
         path = _file(self.pool, key)
         with _said_of(self.folder):
             path.parent.mkdir(exist_ok=True)
             with _locked(path.with_suffix(".lock"), wait) as mine:
                 if not mine:
                     return False
+                if doubted and not records.is_whole(path):
+                    path.unlink(missing_ok=True)
                 if records.about_if_whole(path) is None:
                     # The record has its own copy of the prepared case, which is gone by now: two volumes at most.
                     record, about = records.encode(case, self._plan, preprocess.prepare_case(case, self._plan))
