@@ -4,8 +4,9 @@ Data: 176 drawn pieces of colon (120 train, 16 validation, 40 test; 1.5 mm), wri
 (`medjax/data/synthetic_colon.py`). They are no patients: polyps are sessile, pedunculated or flat by construction, and
 lie among folds and stool of their own intensity.
 
-An intensity threshold (`python -m benchmarks.threshold`) reaches a CPM of 0.08 on the test cases; the network is to be
-read beside that.
+An intensity threshold (`python -m benchmarks.threshold`) reaches a CPM of 0.08 on the test cases; the network 0.87
+(polyps 0.74, tumours 1.00), an AUROC of 0.99 for pedunculated and 0.97 for flat polyps. Cost: 7 minutes on 2 cores, in
+bfloat16 on a CPU with AMX. See docs/benchmarks.md.
 
 Arguments: `debug` (a few pieces, a few steps; under a minute).
 """
@@ -25,8 +26,8 @@ def get_config(arg=None):
             "targets": {"lesions": "lesions"},
             "split": {"column": "split"},
             "preprocess": {"normalize": "percentile"},
-            "patch": (64, 64, 64),
-            "batch_size": 2,
+            "patch": (40, 40, 40),
+            "batch_size": 8,
             "foreground": 0.67,
         }
     )
@@ -43,13 +44,15 @@ def get_config(arg=None):
                 "heat": "bce_mse",
                 "spread": 0.2,
                 "level": 1,
+                # The curve of sensitivity over false findings needs the doubtful ones too.
+                "score_from": 0.01,
             }
         }
     )
     config.optim = ConfigDict(
         {
             "name": "adamw",
-            "lr": 1e-2,
+            "lr": 5e-3,
             # The first gradients of a heat map are a hundred times the later ones; Adam must forget them soon.
             "betas": (0.9, 0.99),
             "clip": 1.0,
@@ -60,14 +63,14 @@ def get_config(arg=None):
         }
     )
     config.train = ConfigDict(
-        {"total": "1200 steps", "eval_every": "300 steps", "checkpoint_every": "300 steps", "precision": "bfloat16"}
+        {"total": "2400 steps", "eval_every": "600 steps", "checkpoint_every": "600 steps", "precision": "bfloat16"}
     )
     config.eval = ConfigDict({"splits": ("test",)})
     if arg.debug:
         config.optim.warmup = "1 steps"
         config.data.options = ConfigDict({"n_train": 6, "n_val": 2, "n_test": 2})
         config.data.preprocess.spacing = (3.0, 3.0, 3.0)
-        config.data.patch = (32, 32, 32)
+        config.data.patch, config.data.batch_size = (32, 32, 32), 2
         config.model.features = (8, 16)
         config.train = ConfigDict(
             {"total": "4 steps", "log_every": "2 steps", "eval_every": "4 steps", "checkpoint_every": "4 steps"}
