@@ -173,7 +173,10 @@ class Detection(Defaults):
                 )
             if ((row[:3] < -0.5) | (row[:3] > np.asarray(one.shape) - 0.5)).any():
                 place = ", ".join(f"{v:.1f}" for v in row[:3])
-                raise UserError(f"{where}: its centre, voxel ({place}), lies outside the volume {tuple(one.shape)}")
+                raise UserError(
+                    f"{where}: its centre, voxel ({place}) of the prepared volume {tuple(one.shape)}, lies outside the "
+                    "volume: correct the table, or set data.preprocess.crop=None if the finding was cropped away"
+                )
             if not 1 <= row[LABEL] <= len(self.names) or row[LABEL] % 1:
                 raise UserError(
                     f"{where}: label {row[LABEL]:g}; the task has 1 to {len(self.names)} ({', '.join(self.names)})"
