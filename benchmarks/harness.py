@@ -11,9 +11,11 @@ Only the standard library is imported: a peer's interpreter need not have what o
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -109,7 +111,13 @@ class Worker:
         merged = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
         self._command = " ".join(command)
         self._process = subprocess.Popen(
-            list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=merged, cwd=ROOT
+            list(command),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=merged,
+            cwd=ROOT,
+            start_new_session=True,
         )
 
     def wait(self) -> None:
@@ -127,8 +135,9 @@ class Worker:
         return told
 
     def close(self) -> None:
-        """Ends the worker without asking."""
-        self._process.kill()
+        """Ends the worker and the processes it started, without asking."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def _ask(self, what: str) -> Any:
