@@ -147,9 +147,10 @@ def test_seeds_and_folds_are_averaged(tmp_path: Path) -> None:
     row = compared(folders)["base", "dice", ""]
     assert row["mean"] == pytest.approx(0.6 + 0.01 * 5.5)
     assert (row["seeds"], row["patients"]) == (2, 12)
-    # Seeds are drawn too: both alike in half of the resamples, so the interval spans their means.
-    assert row["low"] < 0.5 + 0.055 + 0.01
-    assert row["high"] > 0.7 + 0.055 - 0.01
+    # Student's interval of the seeds' means, a hundred times the standard error over patients.
+    half = 12.7062 * 0.2 / 2
+    assert row["mean"] - row["low"] == pytest.approx(half, rel=0.25)
+    assert row["high"] - row["mean"] == pytest.approx(half, rel=0.25)
 
 
 def test_interval_has_the_width_of_theory(tmp_path: Path) -> None:
@@ -180,6 +181,51 @@ def test_differences_are_paired(tmp_path: Path) -> None:
     assert row["p_holm"] == pytest.approx(2 * row["p"])
     assert found["same", "dice", ""]["p_holm"] == 1.0
     assert "difference" not in found["base", "dice", ""]
+
+
+def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
+    """Seeds differ far more than the two networks do; the gain is found all the same, where both have the same seeds."""
+
+    def score(seed: int, gain: float) -> Score:
+        return lambda case, name: 0.5 + 0.1 * seed + gain + noisy(0.0, seed + 10 * (gain > 0), 0.002)(case, name)
+
+    base = [write_run(tmp_path / f"b{s}", score(s, 0.0), seed=s) for s in range(3)]
+    better = [write_run(tmp_path / f"v{s}", score(s, 0.01), seed=s, name="better") for s in range(3)]
+    fewer = [write_run(tmp_path / f"f{s}", score(s, 0.01), seed=s, name="fewer") for s in range(2)]
+    found = compared([*base, *fewer, *better])
+    row = found["better", "dice", ""]
+    assert 0.005 < row["difference_low"] < 0.01 < row["difference_high"] < 0.015
+    assert row["high"] - row["low"] > 0.2
+    # Other seeds: nothing says which of them go together.
+    row = found["fewer", "dice", ""]
+    assert row["difference_high"] - row["difference_low"] > 0.2
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 10])
+def test_intervals_hold_the_truth_as_often_as_they_say(seeds: int) -> None:
+    """Normal effects of patient, seed and both, of 3, 2 and 1.5 points, 20 patients; the truth is 0."""
+    rng, patients, held = np.random.default_rng(seeds), 20, []
+    for _ in range(500):
+        values = sum(
+            sd * rng.standard_normal(shape)
+            for sd, shape in ((3, (patients, 1)), (2, (1, seeds)), (1.5, (patients, seeds)))
+        )
+        of = compare.Values(np.asarray(values)[..., None], np.ones((patients, seeds, 1)))
+        drawn = rng.multinomial(patients, np.full(patients, 1 / patients), 400)
+        low, high = compare._interval(of.resample(drawn, compare.seed_weights(seeds, 400, rng))[:, 0])
+        held.append(low <= 0 <= high)
+    assert np.mean(held) >= 0.92
+
+
+def test_seeds_of_unlike_counts_keep_the_mean_in_place() -> None:
+    """Nearly all cases in one seed, one class in none of another: nothing divides by a weight that may vanish."""
+    counts = np.ones((4, 3, 2))
+    counts[1:, 1:] = 0
+    counts[:, 2, 1] = 0
+    values = compare.Values(0.5 * counts, counts)
+    drawn = np.random.default_rng(0).multinomial(4, np.full(4, 1 / 4), 200)
+    found = values.resample(drawn, compare.seed_weights(3, 200, np.random.default_rng(1)))
+    np.testing.assert_allclose(found, 0.5, atol=1e-12)
 
 
 def test_holm_by_hand() -> None:
