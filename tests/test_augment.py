@@ -243,9 +243,35 @@ def test_synthseg_paints_label_maps() -> None:
     assert not np.array_equal(kept[1], image[1])
 
 
+def test_what_is_outside_the_labels_is_painted_by_its_intensities() -> None:
+    rng = np.random.default_rng(0)
+    levels = np.kron(rng.integers(0, 3, (2, 5, 4, 3)), np.ones((1, 2, 2, 2)))
+    data = batch(2)
+    size = data["image"].shape[1:4]
+    levels = levels[:, : size[0], : size[1], : size[2]]
+    values = np.asarray([-1.0, 0.5, 4.0])[levels.astype(int)] + 0.1 * rng.standard_normal(levels.shape)
+    label = np.zeros(levels.shape, np.uint8)
+    label[:, 2:4, 2:4, 2:4] = 1
+    data |= {"image": jnp.asarray(values[..., None], jnp.float32), "modality": jnp.ones((2, 1), bool)}
+    data["a/target"] = jnp.asarray(label)
+    for background in (0.0, 1.0):
+        rule = ("paint", {"std": (0.0, 0.0), "background": background, "clusters": 3, "labels": 2})
+        image = np.asarray(jax.jit(policy.build({"transforms": (rule,)}, ("a",), 0))(data)["image"])[..., 0]
+        for painted, of, mask in zip(image, levels, label, strict=True):
+            found = [np.unique(painted[(of == k) & (mask == 0)]) for k in range(3)]
+            assert [len(f) for f in found] == [1, 1, 1]
+            # A Gaussian for each cluster, or black all of it; the label has its own.
+            assert len(np.unique(found)) == (1 if background else 3)
+            assert np.all(np.isin(found, [0.0])) == bool(background)
+            inside = np.unique(painted[mask == 1])
+            assert len(inside) == 1
+            assert inside[0] not in np.concatenate(found)
+
+
 @pytest.mark.parametrize(
     ("rules", "words"),
     [
+        ({"policy": "", "transforms": (("synthseg", {"clusters": 0}),)}, ["clusters=0", "from 1 on"]),
         ({"mirror": (0, 3)}, ["augment.mirror", "axes are 0, 1 and 2"]),
         ({"policy": "nnunett"}, ["augment.policy", "nnunett", "did you mean 'nnunet'"]),
         ({"transforms": (("elastc", {}),)}, ["augment.transforms[0]", "did you mean 'elastic'"]),

@@ -60,18 +60,28 @@ def nnunet(*, mirror: tuple[int, ...] = (0, 1, 2), swap: tuple = (), degrees: fl
 
 
 def synthseg(
-    *, task: str = "", mirror: tuple[int, ...] = (0,), swap: tuple = (), mm: tuple[float, float] = (1.0, 8.0)
+    *,
+    task: str = "",
+    mirror: tuple[int, ...] = (0,),
+    swap: tuple = (),
+    mm: tuple[float, float] = (1.0, 8.0),
+    background: float = 0.5,
+    clusters: int = 1,
 ) -> list[Entry]:
     """Images painted from a task's label map, with the generator of Billot et al. (2023) in this room's terms.
 
     Args:
       task: whose mask is painted, where there are several. mm: voxel sizes simulated along one axis.
+      background, clusters: of `paint`. Where labels cover a part of the anatomy, 0.0 and some clusters.
     """
     return [
         ("mirror", {"axes": mirror, "swap": swap}),
         ("affine", {"rotate": 15.0, "scale": 0.15, "shear": 0.012, "isotropic": False, "inplane": 0.0}),
         ("elastic", {"points": 8, "std": (0.0, 3.0), "inplane": 0.0}),
-        ("paint", {"task": task, "mean": (0.1, 0.9), "std": (0.02, 0.1)}),
+        (
+            "paint",
+            {"task": task, "mean": (0.1, 0.9), "std": (0.02, 0.1), "background": background, "clusters": clusters},
+        ),
         ("bias", {"std": 0.5, "points": 6}),
         ("gamma", {"low": 0.4, "high": 2.5, "keep_moments": False}),
         ("low_resolution", {"p": 0.5, "mm": mm, "factor": (0.1, 1.0), "axes": "one", "smooth": True, "inplane": 0.0}),

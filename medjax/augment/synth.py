@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from medjax.augment.base import Batch, Draws, Scene, Transform, interval, share
 from medjax.augment.intensity import normal_like
@@ -27,6 +27,8 @@ class Paint(Transform):
       task: whose mask is painted; may be empty where there is one mask only.
       mean, std: ranges of the Gaussians' means and deviations.
       background: share of the images whose label 0 is black (0 throughout).
+      clusters: label 0 is divided by the image's intensities (mean of the channels) into so many, each with a Gaussian
+        of its own, as Billot et al. do where the labels cover a part of the anatomy; 1: not at all.
       labels: label values below this get a Gaussian of their own; higher ones share those of their remainder.
     """
 
@@ -34,6 +36,7 @@ class Paint(Transform):
     mean: tuple[float, float] = (0.1, 0.9)
     std: tuple[float, float] = (0.02, 0.1)
     background: float = 0.5
+    clusters: int = 1
     labels: int = 256
     name: ClassVar[str] = "paint"
     keyed: ClassVar[bool] = True
@@ -43,13 +46,18 @@ class Paint(Transform):
         interval("mean", self.mean)
         interval("std", self.std, 0)
         share("background", self.background)
-        if not isinstance(self.labels, int) or self.labels < 2:
-            raise ValueError(f"labels={self.labels}: a whole number from 2 on is needed")
+        for name, least in (("labels", 2), ("clusters", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value}: a whole number from {least} on is needed")
 
     def plan(self, draw: Draws, scene: Scene) -> Any:
         on, black = draw.chance(self.p), draw.chance(self.background)
-        table = jnp.stack([draw.uniform(*r, (self.labels, scene.channels)) for r in (self.mean, self.std)])
-        return on, table.at[:, 0].set(jnp.where(black, 0.0, table[:, 0])), scene.present
+        # Label 0's clusters but the first come after the labels.
+        rows = self.labels + self.clusters - 1
+        table = jnp.stack([draw.uniform(*r, (rows, scene.channels)) for r in (self.mean, self.std)])
+        outside = (jnp.arange(rows) == 0) | (jnp.arange(rows) >= self.labels)
+        return on, jnp.where(black & outside[:, None], 0.0, table), scene.present
 
     def apply(self, batch: Batch, plan: Any, keys: Array | None, masks: Sequence[str]) -> Batch:
         tasks = [k.removesuffix("/target") for k in masks if jnp.issubdtype(batch[k].dtype, jnp.integer)]
@@ -62,6 +70,10 @@ class Paint(Transform):
 
         def one(x: Array, mask: Array, key: Array, table: Array, present: Array) -> Array:
             label = jnp.mod(mask.astype(jnp.int32), self.labels)
+            if self.clusters > 1:
+                level = jnp.where(present, x, 0.0).sum(-1) / jnp.maximum(present.sum(), 1)
+                cluster = divided(level, label == 0, self.clusters)
+                label = jnp.where((label == 0) & (cluster > 0), self.labels - 1 + cluster, label)
             painted = table[0][label] + table[1][label] * normal_like(key, x)
             return jnp.where(present, painted, 0.0).astype(x.dtype)
 
@@ -71,3 +83,29 @@ class Paint(Transform):
         on = on & batch.get(f"{task}/mask", True)
         image = chosen(one, on, batch["image"], batch[f"{task}/target"], keys, table, present)
         return {**batch, "image": image}
+
+
+def divided(x: Array, mask: Array, k: int) -> Array:
+    """Clusters 0..k-1, darkest first, of the voxels of `x` [X, Y, Z] in `mask`: k-means of their intensities.
+
+    Begins at quantiles and does eight rounds (Lloyd 1982), on every other voxel an axis: it is levels that are looked
+    for, not their last digit. Outside the mask what comes means nothing.
+    """
+    seen, counted = (a[::2, ::2, ::2].ravel() for a in (x.astype(jnp.float32), mask))
+    total = counted.sum()
+    ordered = jnp.sort(jnp.where(counted, seen, jnp.inf))
+    first = ((jnp.arange(k) + 0.5) / k * total).astype(jnp.int32)
+    centres = jnp.where(total > 0, ordered[jnp.clip(first, 0, jnp.maximum(total - 1, 0))], 0.0)
+
+    def better(_: Any, centres: Array) -> Array:
+        own = counted & (_nearest(seen, centres) == jnp.arange(k)[:, None])
+        number = own.sum(1)
+        return jnp.where(number > 0, jnp.where(own, seen, 0.0).sum(1) / jnp.maximum(number, 1), centres)
+
+    return _nearest(x.astype(jnp.float32), lax.fori_loop(0, 8, better, centres))
+
+
+def _nearest(x: Array, centres: Array) -> Array:
+    """Which of the centres, in increasing order, is nearest: by the borders halfway between them."""
+    borders = (centres[1:] + centres[:-1]) / 2
+    return (x > borders.reshape(-1, *[1] * x.ndim)).sum(0)
