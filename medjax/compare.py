@@ -64,8 +64,8 @@ class Result:
 
     Attributes:
       rows: of `cases.csv`. metrics: of `summary.json`, key -> {'mean', 'ci95', 'per_class'}. cost: what is known of
-        'steps' and their 'total', 'seconds' (of training steps), 'eval_seconds', 'parameters', 'flops' (of a step),
-        'bytes' (of a device).
+        'steps' and their 'total', 'seconds' (of training steps), 'eval_seconds', 'parameters' and how many of
+        them are 'trained', 'flops' (of a step), 'bytes' (of a device).
     """
 
     folder: Path
@@ -151,11 +151,11 @@ def read_run(folder: Path, split: str) -> Result | str:
     if not table or not {"case", "group", "task", "class"} <= set(table[0]):
         return "evaluated by an older medjax; evaluate it again with --mode=eval"
     cost: dict[str, Any] = _json(folder / "cost.json") if (folder / "cost.json").is_file() else {}
-    cost = {**cost, "steps": step, "seconds": _seconds(rows, config), "eval_seconds": summary.get("seconds")}
+    cost = {**cost, "steps": step, "seconds": training_seconds(rows, config), "eval_seconds": summary.get("seconds")}
     return Result(folder, config, table, summary["metrics"], cost)
 
 
-def _seconds(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> float | None:
+def training_seconds(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> float | None:
     """Seconds spent in training steps: those between two log rows, at the speed that was logged."""
     total, last = 0.0, 0
     for row in rows:

@@ -104,11 +104,15 @@ class Division:
             shapes |= {path + _A: factors.a, path + _B: factors.b}
         return nest({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()})
 
+    def count(self) -> tuple[int, int]:
+        """How many numbers train, and how many parameters the network has."""
+        factors = sum(math.prod(f.a) + math.prod(f.b) for f in self.factors.values())
+        trained = factors + sum(math.prod(self.shapes[path]) for path in self.trained)
+        return trained, sum(math.prod(shape) for shape in self.shapes.values())
+
     def describe(self) -> str:
         """'12,345 of 1,234,567 parameters (1.0 %): lora of 14 kernels, 6 parameters in full'."""
-        factors = sum(math.prod(f.a) + math.prod(f.b) for f in self.factors.values())
-        count = factors + sum(math.prod(self.shapes[path]) for path in self.trained)
-        total = sum(math.prod(shape) for shape in self.shapes.values())
+        count, total = self.count()
         parts = [f"{self.kind} of {len(self.factors)} kernels"] if self.factors else [self.kind] if self.kind else []
         parts.append(f"{len(self.trained)} of {len(self.shapes)} in full")
         return f"{count:,} of {total:,} parameters ({100 * count / total:.2g} %): {', '.join(parts)}"

@@ -55,10 +55,11 @@ def compile_step(function: Callable, *arguments: Any) -> Compiled:
     return Compiled(executable, seconds, flops(traced.jaxpr), *sizes)
 
 
-def write_cost(path: Path, step: Compiled, parameters: int, devices: int, total: int) -> None:
+def write_cost(path: Path, step: Compiled, trained: int, parameters: int, devices: int, total: int) -> None:
     """What a run costs, as JSON for `medjax.compare`: 'bytes' are of one device, 'flops' of one step over all."""
     cost = {
         "parameters": parameters,
+        "trained": trained,
         "flops": step.flops,
         "bytes": step.peak,
         "compile_seconds": round(step.seconds, 2),

@@ -154,8 +154,8 @@ def _train(
         base, state = refer(start, state, abstract, base, workdir)
     if processes.primary():
         write_atomic(workdir / "config.json", config_lib.to_json(config) + "\n")
-        whole = parameter_count(jax.eval_shape(lambda s: s.eval_params, abstract))
-        report.write_cost(workdir / "cost.json", compiled, whole, mesh.devices.size, job.total)
+        counts = divide(config, job, jax.eval_shape(lambda s: s.eval_params, abstract)).count()
+        report.write_cost(workdir / "cost.json", compiled, *counts, mesh.devices.size, job.total)
     say_report(config, mesh, job, abstract, compiled, first)
     if start and newest is None:
         say(transfer.table(start, [*peft.flat(state.frozen), *peft.flat(state.base)]))
