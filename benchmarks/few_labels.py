@@ -1,11 +1,15 @@
 """The label-efficiency study: pretraining, every run, the table and the curves.
 
     python -m benchmarks.few_labels                                           # all of it: hours
-    python -m benchmarks.few_labels --config=configs/ablations/few_labels.py:labels=5,seconds=120 --seeds=3
+    python -m benchmarks.few_labels --config=configs/ablations/few_labels.py:labels=5,arms=scratch+mae --seeds=1
+    python -m benchmarks.few_labels --config=configs/ablations/few_labels.py:seconds=60 --out=runs/few_labels_60s
     python -m benchmarks.few_labels --report                                  # of the runs there are
+    python -m benchmarks.few_labels --calibrate                               # STEP and COST of the recipe
 
-The same command goes on where it was interrupted. Runs, pretrained networks, `few_labels.md` and `few_labels.png` are
-in `--out`; with `--page` the table goes into the page between its two marks, and the curves beside it.
+The same command goes on where it was interrupted. Commands for some labels, arms or seeds add to one `--out`, and its
+table says of every cell whether it has been run; whatever else is changed (`seconds`, `width`, ...) needs an `--out` of
+its own. Runs, pretrained networks, `few_labels.md` and `few_labels.png` are in `--out`; with `--page` the tables and
+the picture go into the page between its two marks, the picture's file beside it.
 """
 
 from __future__ import annotations
@@ -14,9 +18,9 @@ import argparse
 import csv
 import json
 import math
-import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,6 +34,10 @@ from medjax.logging import duration, say
 
 RECIPE = "configs/ablations/few_labels.py"
 _SKIPPED = 2  # log rows that `calibrate` leaves out
+_UNEQUAL = 0.1  # share of the baseline's seconds that an arm may be off before the table warns
+_KEYS = ("difference", "difference_low", "difference_high")
+# Arm and what it is held against, beside the baseline (issue 6): fine-tuning in full, an encoder that learnt nothing.
+_BARS = (("lora", "mae", "at least -1"), ("probe", "probe_random", "above 0"))
 _MARKS = ("<!-- table: begin -->", "<!-- table: end -->")
 
 
@@ -51,20 +59,65 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def pretrain(recipe: str, arg: str, out: Path, seeds: Sequence[int]) -> None:
-    """Pretrains the network of each seed, or goes on with it, in `out/pretrained`."""
+    """Pretrains the network of each seed, or goes on with it, in `out/pretrained`.
+
+    Raises:
+      UserError: what is there was pretrained, or begun, under other arguments.
+    """
+    given = ",".join(filter(None, [arg, "arm=pretrain"]))
     for seed in seeds:
         folder = out / "pretrained" / f"seed{seed}"
-        given = ",".join(filter(None, [arg, "arm=pretrain"]))
+        if (folder / "config.json").is_file():
+            check_pretrained(folder, f"{recipe}:{given}", seed)
         run(["medjax.main", f"--config={recipe}:{given}", f"--workdir={folder}", f"--config.seed={seed}"])
+
+
+def check_pretrained(folder: Path, recipe: str, seed: int) -> None:
+    """Raises UserError if the run in `folder` trained something else than `recipe` says."""
+    from medjax import compare, models, tasks
+    from medjax import config as config_lib
+
+    options = {"model": models.options, "tasks": tasks.options}
+    config = config_lib.load(recipe, [f"seed={seed}"], lambda room, kind: options[room](kind))
+    elsewhere = re.compile("|".join(re.escape(key) for key in (*compare.ELSEWHERE, "eval")))
+    there = json.loads((folder / "config.json").read_text())
+    lines = config_lib.difference(there, json.loads(config_lib.to_json(config)))
+    # What the run's version did not know yet is no difference of what it was told.
+    lines = [line for line in lines if not elsewhere.match(line) and f"{line.partition(': ')[0]}: None -> " not in line]
+    if lines:
+        more = f" and {len(lines) - 6} more" if len(lines) > 6 else ""
+        raise UserError(
+            f"{folder}: was pretrained under other arguments ({'; '.join(lines[:6])}{more}); choose another --out, or "
+            "delete that folder and the runs that began from it"
+        )
+
+
+def log_of(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A run's configuration and the rows of its log."""
+    rows = (folder / "metrics.jsonl").read_text().splitlines()
+    return json.loads((folder / "config.json").read_text()), [json.loads(row) for row in rows if row.endswith("}")]
 
 
 def seconds_a_step(folder: Path) -> float | None:
     """What a step took, from the run's log without its first rows."""
-    config = json.loads((folder / "config.json").read_text())
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    config, rows = log_of(folder)
     speeds = [row["train/patches_per_s"] for row in rows if row.get("train/patches_per_s")]
     speeds = speeds[_SKIPPED:] or speeds
     return config["data"]["batch_size"] / float(np.median(speeds)) if speeds else None
+
+
+def pretraining_seconds(out: Path, seeds: Sequence[int]) -> float | None:
+    """Seconds of training steps of the pretrainings that these seeds began from, on average; None: not known."""
+    from medjax import compare
+
+    folders = [out / "pretrained" / f"seed{seed}" for seed in seeds]
+    if not all((folder / "metrics.jsonl").is_file() for folder in folders):
+        return None
+    found = []
+    for folder in folders:
+        config, rows = log_of(folder)
+        found.append(compare.training_seconds(rows, config))
+    return None if None in found else float(np.mean([seconds for seconds in found if seconds is not None]))
 
 
 def experiments(out: Path) -> dict[str, Any]:
@@ -81,75 +134,177 @@ def experiments(out: Path) -> dict[str, Any]:
     return {name: compare.Experiment(name, runs) for name, runs in found.items()}
 
 
-def table(out: Path) -> list[dict[str, Any]]:
-    """Rows: arm, labels, Dice with its interval, and the difference from `scratch` of the same number of labels."""
+def dice(of: Sequence[Any], against: Any) -> list[dict[str, Any]]:
+    """Rows of `medjax.compare` of the mean Dice; `against` is one of the experiments `of`."""
     from medjax import compare
 
+    return [row for row in compare.compare(of, against.name) if (row["metric"], row["class"]) == ("dice", "")]
+
+
+def table(out: Path, pretrained: Sequence[str]) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
+    """The baseline; rows: arm, labels, Dice, the difference from the baseline at the same number of labels; the bars.
+
+    Args:
+      pretrained: arms that begin from `out/pretrained`.
+
+    The baseline is `scratch`, or the first arm there is. A bar: 'arm', 'against', 'labels', and the difference.
+    """
     known = experiments(out)
     if not known:
         raise UserError(f"{out}: holds no evaluated run; run the study first")
-    rows = []
-    numbers = sorted({int(name.rpartition("_")[2]) for name in known})
-    for labels in numbers:
-        chosen = {name.rpartition("_")[0]: e for name, e in known.items() if int(name.rpartition("_")[2]) == labels}
-        base = "scratch" if "scratch" in chosen else next(iter(chosen))
-        for row in compare.compare(list(chosen.values()), chosen[base].name):
-            if (row["metric"], row["class"]) == ("dice", ""):
-                e = known[row["experiment"]]
-                cost = {"seconds": e.cost("seconds"), "steps": e.cost("steps")}
-                rows.append({**row, **cost, "arm": row["experiment"].rpartition("_")[0], "labels": labels})
-    return rows
+    by_labels: dict[int, dict[str, Any]] = {}
+    for name, e in known.items():
+        by_labels.setdefault(int(name.rpartition("_")[2]), {})[name.rpartition("_")[0]] = e
+    arms = list(dict.fromkeys(arm for chosen in by_labels.values() for arm in chosen))
+    base = "scratch" if "scratch" in arms else arms[0]
+    rows, bars = [], []
+    for labels, chosen in sorted(by_labels.items()):
+        of = {e.name: arm for arm, e in chosen.items()}
+        found = dice(list(chosen.values()), chosen.get(base, next(iter(chosen.values()))))
+        for row in found:
+            e, arm = known[row["experiment"]], of[row["experiment"]]
+            about = {"arm": arm, "labels": labels, "steps": e.cost("steps"), "seconds": e.cost("seconds")}
+            about["pretraining"] = pretraining_seconds(out, e.seeds) if arm in pretrained else 0.0
+            about |= {"trained": e.cost("trained"), "parameters": e.cost("parameters")}
+            rows.append({k: v for k, v in row.items() if base in chosen or k not in _KEYS} | about)
+        better = [row for row in found if base in chosen and not math.isnan(row.get("difference", math.nan))]
+        if better:
+            best = max(better, key=lambda row: row["difference"])
+            own = next(row for row in found if row["experiment"] == chosen[base].name)
+            apart = best["low"] > own["high"]
+            bars.append({**best, "arm": of[best["experiment"]], "against": base, "labels": labels, "apart": apart})
+        for arm, against, _ in _BARS:
+            if arm in chosen and against in chosen:
+                row = next(r for r in dice([chosen[against], chosen[arm]], chosen[against]) if "difference" in r)
+                bars.append({**row, "arm": arm, "against": against, "labels": labels})
+    return base, rows, bars
 
 
-def page(rows: Sequence[Mapping[str, Any]], arms: Sequence[str], about: Sequence[str]) -> str:
-    """The tables as Markdown."""
-    numbers = sorted({row["labels"] for row in rows})
-    arms = [arm for arm in arms if any(row["arm"] == arm for row in rows)]
-    cell = {(row["arm"], row["labels"]): row for row in rows}
+def cell(row: Mapping[str, Any] | None, keys: Sequence[str], sign: str = "", seeds: int = 0) -> str:
+    """'81.2 [79.9, 82.5]' in percent; with the number of seeds where there are fewer than `seeds`."""
+    if row is None or keys[0] not in row:
+        return "not run"
+    values = [100 * row[key] for key in keys]
+    if math.isnan(values[0]):
+        return "-"
+    fewer = f" ({row['seeds']} of {seeds} seeds)" if row["seeds"] < seeds else ""
+    return "{0:{s}.1f} [{1:{s}.1f}, {2:{s}.1f}]".format(*values, s=sign) + fewer
+
+
+def page(
+    base: str,
+    rows: Sequence[Mapping[str, Any]],
+    bars: Sequence[Mapping[str, Any]],
+    arms: Sequence[str],
+    numbers: Sequence[int],
+    about: Sequence[str],
+    picture: str,
+) -> str:
+    """Picture and tables as Markdown; `arms` and `numbers` (of labels) are those of the whole study."""
+    numbers = sorted({*numbers, *(row["labels"] for row in rows)})
+    seeds = max(row["seeds"] for row in rows)
+    found = {(row["arm"], row["labels"]): row for row in rows}
     head = [f"| arm | {' | '.join(f'{n} labels' for n in numbers)} |", "|---" * (len(numbers) + 1) + "|"]
 
-    def line(arm: str, keys: tuple[str, str, str], sign: str) -> str:
-        texts = []
-        for n in numbers:
-            row = cell.get((arm, n), {})
-            values = [100 * row.get(key, math.nan) for key in keys]
-            texts.append(
-                "-" if math.isnan(values[0]) else "{0:{s}.1f} [{1:{s}.1f}, {2:{s}.1f}]".format(*values, s=sign)
-            )
-        return f"| `{arm}` | {' | '.join(texts)} |"
+    def line(arm: str, keys: Sequence[str], sign: str = "") -> str:
+        return f"| `{arm}` | {' | '.join(cell(found.get((arm, n)), keys, sign, seeds) for n in numbers)} |"
 
-    lines = [*about, "", "Dice, percent [95 % interval over patients and seeds]:", "", *head]
-    lines += [line(arm, ("mean", "low", "high"), "") for arm in arms]
-    lines += [
-        "",
-        "Difference from `scratch`, points [95 % interval, the same patients and seeds on both sides]:",
-        "",
-        *head,
-    ]
-    keys = ("difference", "difference_low", "difference_high")
-    lines += [line(arm, keys, "+") for arm in arms if arm != "scratch"]
-    lines += ["", "| arm | steps | seconds of training steps, as it came out | runs |", "|---|---|---|---|"]
-    for arm in arms:
-        of = [row for row in rows if row["arm"] == arm]
-        steps = sorted({round(row["steps"]) for row in of if row["steps"]})
-        seconds = [row["seconds"] for row in of if row["seconds"]]
-        took = f"{min(seconds):.0f} to {max(seconds):.0f}" if seconds else "-"
-        lines.append(f"| `{arm}` | {', '.join(map(str, steps))} | {took} | {sum(row['seeds'] for row in of)} |")
+    lines = [*about, "", f"![Dice over the number of labelled cases]({picture})", ""]
+    over = f"patients and {seeds} seeds" if seeds > 1 else "patients alone, of one seed"
+    lines += [f"Dice, percent [95 % interval over {over}]:", "", *head]
+    lines += [line(arm, ("mean", "low", "high")) for arm in arms]
+    lines += ["", f"Difference from `{base}`, points [95 % interval; the same patients and seeds on both sides]:", ""]
+    lines += [*head, *(line(arm, _KEYS, "+") for arm in arms if arm != base)]
+    lines += ["", *_bars(base, bars, numbers, seeds), "", *_trained(rows), "", *_times(base, rows, arms)]
     return "\n".join(lines) + "\n"
 
 
-def report(out: Path, arms: Sequence[str], about: Sequence[str], target: Path | None) -> None:
-    """Writes table and curves, and puts them into the page if there is one."""
+def _bars(base: str, bars: Sequence[Mapping[str, Any]], numbers: Sequence[int], seeds: int) -> list[str]:
+    """What the study was to show, with what came out at each number of labels."""
+    lines = ["The bars, points [95 % interval]. Which arm is best is read off the same cases, which flatters it:"]
+    lines += ["", f"| bar | {' | '.join(f'{n} labels' for n in numbers)} |", "|---" * (len(numbers) + 1) + "|"]
+    best = [row for row in bars if "apart" in row]
+    texts = []
+    for n in numbers:
+        row = next((row for row in best if row["labels"] == n), None)
+        named = f"`{row['arm']}` " if row else ""
+        apart = f", intervals {'apart' if row['apart'] else 'overlap'}" if row else ""
+        texts.append(named + cell(row, _KEYS, "+", seeds) + apart)
+    lines.append(f"| best arm less `{base}`: at least +2 at 5 labels, intervals apart | {' | '.join(texts)} |")
+    for arm, against, bar in _BARS:
+        of = {
+            row["labels"]: row for row in bars if (row["arm"], row["against"], "apart" in row) == (arm, against, False)
+        }
+        texts = [cell(of.get(n), _KEYS, "+", seeds) for n in numbers]
+        lines.append(f"| `{arm}` less `{against}`: {bar} | {' | '.join(texts)} |")
+    return lines
+
+
+def _trained(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which share of the parameters `lora` trains."""
+    of = next((row for row in rows if row["arm"] == "lora"), None)
+    if of is None or not of["trained"]:
+        return [f"Parameters that `lora` trains: {'not run' if of is None else 'not known'}; bar: 5 %."]
+    share = of["trained"] / of["parameters"]
+    return [f"`lora` trains {of['trained']:,.0f} of {of['parameters']:,.0f} parameters, {100 * share:.1f} %; bar: 5 %."]
+
+
+def _times(base: str, rows: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> list[str]:
+    """Seconds of every arm beside those of the baseline at the same numbers of labels."""
+    lines = [
+        f"Seconds of training steps as they came out, on average; those of `{base}` with as many labels are 100 %:"
+    ]
+    lines += ["", f"| arm | runs | steps | pretraining | arm's own | in all | of `{base}` |", "|---" * 7 + "|"]
+    total: dict[tuple[str, int], float] = {}
+    for row in rows:
+        if row["seconds"] and row["pretraining"] is not None:
+            total[row["arm"], row["labels"]] = row["seconds"] + row["pretraining"]
+    unequal = []
+    for arm in arms:
+        of = [row for row in rows if row["arm"] == arm]
+        if not of:
+            lines.append(f"| `{arm}` | not run | | | | | |")
+            continue
+        steps = sorted({round(row["steps"]) for row in of if row["steps"]})
+        both = [row["labels"] for row in of if (arm, row["labels"]) in total and (base, row["labels"]) in total]
+        share = math.nan
+        if both:
+            share = sum(total[arm, n] for n in both) / sum(total[base, n] for n in both)
+        off = abs(share - 1) > _UNEQUAL
+        unequal += [f"`{arm}`"] if off else []
+        cells = [_mean(of, "pretraining"), _mean(of, "seconds"), _seconds([total.get((arm, r["labels"])) for r in of])]
+        said = "-" if math.isnan(share) else f"**{100 * share:.0f} %**" if off else f"{100 * share:.0f} %"
+        runs = sum(row["seeds"] for row in of)
+        lines.append(f"| `{arm}` | {runs} | {', '.join(map(str, steps))} | {' | '.join(cells)} | {said} |")
+    if unequal:
+        lines += ["", f"**Not equal time** (more than {100 * _UNEQUAL:.0f} % off): {', '.join(unequal)}."]
+    return lines
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> str:
+    return _seconds([row[key] for row in rows])
+
+
+def _seconds(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return "not known" if len(known) < len(values) else f"{np.mean(known):.0f}"
+
+
+def report(out: Path, module: Any, target: Path | None) -> None:
+    """Writes tables and curves of all runs in `out`, and puts them into the page if there is one."""
     from medjax import pictures
 
-    rows = table(out)
-    text = page(rows, arms, about)
+    base, rows, bars = table(out, module.PRETRAINED)
+    about = (out / "about.md").read_text().splitlines() if (out / "about.md").is_file() else []
+    numbers = [int(n) for n in module.read(None).labels.split("+")]
+    parts = (base, rows, bars, module.ARMS, numbers, about)
+    text = page(*parts, "few_labels.png")
     write_atomic(out / "few_labels.md", text)
     with (out / "few_labels.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    lines = {arm: [row for row in rows if row["arm"] == arm] for arm in arms}
+    lines = {arm: [row for row in rows if row["arm"] == arm] for arm in module.ARMS}
     points = {
         arm: [(row["labels"], 100 * row["mean"], 100 * row["low"], 100 * row["high"]) for row in found]
         for arm, found in lines.items()
@@ -161,25 +316,46 @@ def report(out: Path, arms: Sequence[str], about: Sequence[str], target: Path | 
         _, end, after = rest.partition(_MARKS[1])
         if not mark or not end:
             raise UserError(f"{target}: needs the two lines {_MARKS[0]} and {_MARKS[1]} to put the table between")
-        write_atomic(target, f"{before}{mark}\n{text}{end}{after}")
         picture = target.with_suffix(".png")
         picture.write_bytes((out / "few_labels.png").read_bytes())
+        write_atomic(target, f"{before}{mark}\n{page(*parts, picture.name)}{end}{after}")
     say(text)
 
 
 def calibrate(recipe: str, arg: str, out: Path, arms: Sequence[str]) -> None:
-    """Prints what a step takes here: of `scratch` in seconds, of the other arms relative to it (`COST`)."""
+    """Measures what a step of every arm takes here, in the recipe's precision, and prints it as the recipe has it."""
     folder = out / "calibrate"
-    found = {}
-    for arm in dict.fromkeys(("scratch", "pretrain", *arms)):
+    shutil.rmtree(folder, ignore_errors=True)  # a run that is finished would not be measured again
+    found: dict[str, float] = {}
+    for arm in arms:
         given = ",".join(filter(None, [arg, f"arm={arm}"]))
-        command = ["--config.train.total=40 steps", "--config.train.log_every=5 steps", "--config.optim.warmup=1 steps"]
-        command += ["--config.train.eval_cases=1", "--config.init.source="]
+        command = ["--config.train.total=60 steps", "--config.train.log_every=5 steps", "--config.optim.warmup=1 steps"]
+        command += ["--config.train.eval_cases=1", "--config.eval.mirror=()", "--config.init.source="]
         run(["medjax.main", f"--config={recipe}:{given}", f"--workdir={folder / arm}", *command])
-        found[arm] = round(seconds_a_step(folder / arm) or math.nan, 3)
-    step = found["scratch"]
-    cost = {arm: round(seconds / step, 2) for arm, seconds in found.items()}
-    say(f"step={step}\nCOST = {json.dumps(cost, indent=4)}")
+        seconds = seconds_a_step(folder / arm)
+        if not seconds:
+            raise UserError(f"{folder / arm}: has logged no speed; see there")
+        found[arm] = seconds
+    config, _ = log_of(folder / "scratch")
+    width, precision = config["model"]["features"][0], config["train"]["precision"]
+    say(
+        f"# Of `--calibrate`: median of steps {5 * _SKIPPED + 1} to 60, {precision}, width {width}, batch "
+        f"{config['data']['batch_size']}; {machine()}."
+    )
+    lines = "".join(f'    "{arm}": {seconds / found["scratch"]:.2f},\n' for arm, seconds in found.items())
+    say(f"STEP = {found['scratch']:.3g}\nCOST = {{\n{lines}}}")
+
+
+def machine() -> str:
+    """'AMD EPYC 9654, 2 cores, jax 0.7.0'."""
+    import importlib.metadata
+
+    from medjax.ops.native.cpus import usable_cpus
+
+    file = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", file.read_text()) if file.is_file() else []
+    name = names[0].strip() if names else platform.processor() or platform.machine()
+    return f"{name}, {usable_cpus()} cores, jax {importlib.metadata.version('jax')}"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -192,7 +368,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, default=Path("runs/few_labels"))
     p.add_argument("--page", type=Path, help="Markdown file whose table is replaced")
     p.add_argument("--report", action="store_true", help="only the table and the curves, of the runs there are")
-    p.add_argument("--calibrate", action="store_true", help="only measure what a step of each arm takes")
+    p.add_argument(
+        "--calibrate", action="store_true", help="only measure what a step of each arm takes; let the machine idle"
+    )
     return p
 
 
@@ -205,7 +383,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--config={args.config}: no arm '{unknown[0]}'; there are: {', '.join(module.ARMS)}")
     given_arg = re.sub(r"(^|,)(arms|arm|pretrained)=[^,]*", "", arg).strip(",")
     if args.calibrate:
-        return calibrate(recipe, given_arg, args.out, arms)
+        return calibrate(recipe, given_arg, args.out, list(module.COST))
+    failed = 0
     if not args.report:
         if set(arms) & set(module.PRETRAINED):
             pretrain(recipe, given_arg, args.out, range(args.seeds))
@@ -213,15 +392,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         whole = ",".join(filter(None, [given_arg, f"arms={given.arms}", pretrained]))
         jobs = [f"--jobs={args.jobs}"] if args.jobs else []
         out = f"--out={args.out / 'arms'}"
-        run(["launch.sweep", f"--config={recipe}:{whole}", f"--seeds={args.seeds}", out, *jobs])
-        spent = "a few steps" if given.debug else f"{duration(given.seconds)} of training steps an arm and seed"
-        if set(arms) & set(module.PRETRAINED) and not given.debug:
-            spent += f", {given.pretrain:.0%} of it pretraining where there is any"
-        command = " ".join(["python -m benchmarks.few_labels", *(sys.argv[1:] if argv is None else argv)])
-        write_atomic(args.out / "about.md", f"`{command}`: {spent}; {platform.machine()}, {os.cpu_count()} cores.\n")
-    about = (args.out / "about.md").read_text().splitlines() if (args.out / "about.md").is_file() else []
-    report(args.out, module.ARMS, about, args.page)
+        note(args.out, " ".join(["python -m benchmarks.few_labels", *(sys.argv[1:] if argv is None else argv)]), given)
+        try:
+            run(["launch.sweep", f"--config={recipe}:{whole}", f"--seeds={args.seeds}", out, *jobs])
+        except SystemExit as ended:  # what is done is reported all the same
+            failed = int(ended.code or 0)
+            if not experiments(args.out):
+                raise
+    report(args.out, module, args.page)
+    if failed:
+        raise SystemExit(failed)
     return None
+
+
+def note(out: Path, command: str, given: Any) -> None:
+    """Adds a command, and what it spends, to those that made the runs in `out`."""
+    spent = "a few steps" if given.debug else f"{duration(given.seconds)} of training steps an arm and seed"
+    if not given.debug:
+        spent += f", {given.pretrain:.0%} of it pretraining where there is any"
+    file = out / "about.md"
+    before = file.read_text().splitlines() if file.is_file() else []
+    line = f"- `{command}`: {spent}; {machine()}."
+    if line not in before:
+        write_atomic(file, "\n".join([*before, line]) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ Writes `summary.md`, `metrics.csv`, `runs.csv` and a picture a metric into `--to
 What the figures are. A metric of a case (Dice, HD95) is averaged over cases, then classes, as in `summary.json`, with
 every seed counting alike. Its 95 % interval is that of draws of patients and seeds, independently of each other (after
 the pigeonhole bootstrap: Owen, Ann. Appl. Stat. 1(2), 2007). Patients are resampled. So few seeds cannot be: resampled
-means of n values have (n - 1) / n of the variance they should, and a normal's quantiles instead of Student's (Hesterberg,
-Am. Stat. 69(4), 2015, on the narrowness of bootstrap intervals), which for three seeds is 2.7 times too narrow. Instead
-the mean over the n seeds is drawn from Student's t of n - 1 degrees about what came out, scaled by the seeds' standard
-error: exact for normal seeds, were they all that varies (Student, Biometrika 6, 1908). A single seed leaves the seeds'
-part unknown, and the report says so. The difference from the baseline is drawn with the same patients on both sides,
-and with the same seeds where both have the same; else the seeds of each are drawn for themselves.
+means of n values have (n - 1) / n of the variance they should, and a normal's quantiles instead of Student's
+(Hesterberg, Am. Stat. 69(4), 2015, on the narrowness of bootstrap intervals), for three seeds 2.7 times too narrow.
+Instead the mean over the n seeds is drawn from Student's t of n - 1 degrees about what came out, scaled by the seeds'
+standard error: exact for normal seeds, were they all that varies (Student, Biometrika 6, 1908). A single seed leaves
+the seeds' part unknown, and the report says so. The difference from the baseline is drawn with the same patients on
+both sides, and with the same seeds where both have the same; else the seeds of each are drawn for themselves.
 
 The test is Wilcoxon's signed-rank test over patients (two-sided, zeros by Pratt) of differences averaged over seeds
 and classes. Its p-values are corrected for the number of experiments compared with the baseline, metric by metric

@@ -184,7 +184,7 @@ def test_differences_are_paired(tmp_path: Path) -> None:
 
 
 def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
-    """Seeds differ far more than the two networks do; the gain is found all the same, where both have the same seeds."""
+    """Seeds differ far more than the networks; the gain is found all the same, where both have the same seeds."""
 
     def score(seed: int, gain: float) -> Score:
         return lambda case, name: 0.5 + 0.1 * seed + gain + noisy(0.0, seed + 10 * (gain > 0), 0.002)(case, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,9 @@ def test_lora_trains_a_twentieth_at_most(data_root: Path) -> None:
     model, x = build_model(config, built), jnp.zeros((1, *config.data.patch, 1))
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=True)["params"])
     division = peft.divide(config, {path: leaf.shape for path, leaf in peft.flat(shapes).items()})
-    factors = sum(math.prod(f.a) + math.prod(f.b) for f in division.factors.values())
-    trained = factors + sum(math.prod(division.shapes[path]) for path in division.trained)
-    assert 0.02 < trained / sum(map(math.prod, division.shapes.values())) <= 0.05
+    trained, whole = division.count()
+    assert 0.02 < trained / whole <= 0.05
+    assert (config.peft.alpha / config.peft.rank, config.optim.lr) == (2.0, 1e-2)  # as in brain_finetune.py
 
 
 @pytest.mark.parametrize("arg", ["", "labels=5+10,arms=scratch+lora,seconds=60,debug"])
@@ -98,27 +98,54 @@ def test_pretraining_sees_training_images_and_brains_alone(data_root: Path) -> N
     assert [task.type for task in config.tasks.values()] == ["masked"]
 
 
+LEVELS = {"scratch": 0.7, "mean_teacher": 0.75, "mae": 0.77, "lora": 0.765, "probe": 0.72, "probe_random": 0.68}
+
+
+def write_arm(out: Path, arm: str, labels: int, seeds: range = range(3)) -> None:
+    for seed in seeds:
+        folder = write_run(
+            out / "arms" / f"{arm}_{labels}" / f"seed{seed}",
+            noisy(LEVELS[arm] + labels / 200, seed, 0.02),
+            split="val",
+            name=f"{arm}_{labels}",
+            seed=seed,
+        )
+        cost = json.loads((folder / "cost.json").read_text())
+        (folder / "cost.json").write_text(json.dumps(cost | {"trained": 47 if arm == "lora" else 1000}))
+
+
+def write_pretraining(out: Path, config: Any, seed: int, steps: int) -> None:
+    folder = out / "pretrained" / f"seed{seed}"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(config_lib.to_json(config))
+    row = {"step": steps, "train/patches_per_s": config.data.batch_size}  # a second a step
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+
+
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    for arm, level in (("scratch", 0.7), ("mean_teacher", 0.75)):
-        for labels, more in ((5, 0.0), (20, 0.1)):
-            for seed in range(3):
-                write_run(
-                    tmp_path / "arms" / f"{arm}_{labels}" / f"seed{seed}",
-                    noisy(level + more, seed, 0.02),
-                    split="val",
-                    name=f"{arm}_{labels}",
-                    seed=seed,
-                )
+    for arm in ("scratch", "mean_teacher"):
+        for labels in (5, 20):
+            write_arm(tmp_path, arm, labels)
     (tmp_path / "arms" / "mae_5" / "seed0").mkdir(parents=True)  # not begun
     return tmp_path
 
 
+def lines_of(text: str, start: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith(start)]
+
+
 def test_the_table_says_what_the_runs_said(runs: Path, capsys: pytest.CaptureFixture) -> None:
-    rows = {(row["arm"], row["labels"]): row for row in few_labels.table(runs)}
+    base, found, bars = few_labels.table(runs, study.PRETRAINED)
+    rows = {(row["arm"], row["labels"]): row for row in found}
+    assert base == "scratch"
     assert set(rows) == {("scratch", 5), ("scratch", 20), ("mean_teacher", 5), ("mean_teacher", 20)}
     assert rows["mean_teacher", 20]["mean"] == pytest.approx(0.85, abs=0.01)
     assert rows["mean_teacher", 5]["difference"] == pytest.approx(0.05, abs=1e-6)  # the same noise on both sides
+    assert [(row["arm"], row["against"], row["labels"]) for row in bars] == [
+        ("mean_teacher", "scratch", 5),
+        ("mean_teacher", "scratch", 20),
+    ]
     assert "mae_5/seed0: not begun" in capsys.readouterr().out
     target = runs / "page.md"
     target.write_text("before\n<!-- table: begin -->\nold\n<!-- table: end -->\nafter\n")
@@ -127,12 +154,129 @@ def test_the_table_says_what_the_runs_said(runs: Path, capsys: pytest.CaptureFix
     assert text.startswith("before\n<!-- table: begin -->\n")
     assert text.endswith("<!-- table: end -->\nafter\n")
     assert "old" not in text
-    first = next(line for line in text.splitlines() if line.startswith("| `mean_teacher`"))
-    assert first.startswith(f"| `mean_teacher` | {100 * rows['mean_teacher', 5]['mean']:.1f} [")
-    assert "| `mean_teacher` | +5.0 [" in text
-    assert "| `scratch` | 8 | 4 to 4 | 6 |" in text
+    first = lines_of(text, "| `mean_teacher`")[0]
+    assert first.startswith(
+        f"| `mean_teacher` | not run | {100 * rows['mean_teacher', 5]['mean']:.1f} [",
+    )
+    assert "| `mean_teacher` | not run | +5.0 [" in text
+    assert "| `scratch` | 6 | 8 | 0 | 4 | 4 | 100 % |" in text
+    assert "Not equal time" not in text
+    # No arm is left out, nor any number of labels of the study.
+    assert "| arm | 3 labels | 5 labels | 10 labels | 20 labels | 180 labels |" in text
+    assert lines_of(text, "| `probe` |") == [f"| `probe` |{' not run |' * 5}"] * 2 + ["| `probe` | not run | | | | | |"]
+    assert "Parameters that `lora` trains: not run" in text
+    assert "](page.png)" in text
+    assert "](few_labels.png)" in (runs / "few_labels.md").read_text()
     assert (runs / "page.png").read_bytes() == (runs / "few_labels.png").read_bytes()
     assert (runs / "few_labels.png").stat().st_size > 10_000
+
+
+def test_the_bars_and_the_time_are_read_off(runs: Path) -> None:
+    for arm in ("mae", "lora", "probe", "probe_random"):
+        write_arm(runs, arm, 5)
+    write_arm(runs, "mae", 20, range(2))
+    for seed in range(3):
+        write_pretraining(runs, resolved("arm=pretrain"), seed, 4)
+    _, rows, bars = few_labels.table(runs, study.PRETRAINED)
+    found = {(row["arm"], row["against"], row["labels"]): row for row in bars}
+    assert set(found) == {
+        ("mae", "scratch", 5), ("lora", "mae", 5), ("probe", "probe_random", 5), ("mae", "scratch", 20),
+    }  # fmt: skip
+    assert found["mae", "scratch", 5]["apart"]
+    for key, points in ((("lora", "mae", 5), -0.005), (("probe", "probe_random", 5), 0.04)):
+        for at in ("difference", "difference_low", "difference_high"):
+            assert found[key][at] == pytest.approx(points, abs=1e-6)
+    spent = {row["arm"]: (row["seconds"], row["pretraining"]) for row in rows if row["labels"] == 5}
+    assert spent["mae"] == (4.0, 4.0)
+    assert spent["probe_random"] == (4.0, 0.0)
+    few_labels.main(["--report", f"--out={runs}"])
+    text = (runs / "few_labels.md").read_text()
+    best = lines_of(text, "| best arm less `scratch`")[0]
+    assert "| not run | `mae` +7.0 [+7.0, +7.0], intervals apart | not run | `mae` +" in best
+    assert "(2 of 3 seeds)" in best
+    assert "| `lora` less `mae`: at least -1 | not run | -0.5 [-0.5, -0.5] | not run | not run | not run |" in text
+    assert "`lora` trains 47 of 1,000 parameters, 4.7 %" in text
+    assert "| `mae` | 5 | 8 | 4 | 4 | 8 | **200 %** |" in text
+    assert "**Not equal time** (more than 10 % off): `mae`, `lora`, `probe`." in text
+
+
+def test_without_scratch_another_arm_is_named_as_the_baseline(tmp_path: Path) -> None:
+    write_arm(tmp_path, "mae", 5)
+    write_arm(tmp_path, "lora", 5)
+    few_labels.main(["--report", f"--out={tmp_path}"])
+    text = (tmp_path / "few_labels.md").read_text()
+    assert "Difference from `lora`, points" in text
+    assert "`scratch`, points" not in text
+    assert "not known" in lines_of(text, "| `mae` | 3")[0]  # how long the pretraining took
+
+
+def test_pretraining_of_other_arguments_is_never_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(few_labels, "run", commands.append)
+    config = resolved("arm=pretrain,seconds=60")
+    write_pretraining(tmp_path, config, 0, 4)
+    # Where it runs and which labels the arms keep is nothing to the pretraining; the second seed is not there yet.
+    few_labels.pretrain(RECIPE, "seconds=60,labels=5", tmp_path, range(2))
+    assert len(commands) == 2
+    for arg, key in (
+        ("", "train.total"),
+        ("seconds=60,width=4", "model.features"),
+        ("seconds=60,data=x", "data.cohort"),
+    ):
+        with pytest.raises(UserError, match=rf"(?s)seed0: was pretrained under other.*{key}.*choose another --out"):
+            few_labels.pretrain(RECIPE, arg, tmp_path, range(2))
+    assert len(commands) == 2
+    with config.unlocked():
+        config.seed = 1
+    (tmp_path / "pretrained" / "seed0" / "config.json").write_text(config_lib.to_json(config))
+    with pytest.raises(UserError, match="seed: 1 -> 0"):
+        few_labels.pretrain(RECIPE, "seconds=60", tmp_path, range(1))
+
+
+def test_calibration_prints_what_the_recipe_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def run(arguments: list[str]) -> None:
+        arm = next(a for a in arguments if a.startswith("--config=")).rpartition("arm=")[2]
+        assert "--config.train.precision" not in " ".join(arguments), "the recipe's own"
+        folder = Path(next(a for a in arguments if a.startswith("--workdir=")).partition("=")[2])
+        assert not folder.exists(), "measured anew"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(config_lib.to_json(resolved(f"arm={arm}")))
+        speeds = [1.0, 1.0, *[20.0 if arm == "pretrain" else 40.0] * 10]  # the first steps are slow
+        rows = [{"step": 5 * i, "train/patches_per_s": speed} for i, speed in enumerate(speeds)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    monkeypatch.setattr(few_labels, "run", run)
+    for _ in range(2):
+        few_labels.main(["--calibrate", f"--out={tmp_path}", f"--config={RECIPE}:arms=scratch"])
+        said = capsys.readouterr().out
+        assert "median of steps 11 to 60, bfloat16, width 8, batch 4; " in said
+        found: dict[str, Any] = {}
+        exec(said, found)
+        assert found["STEP"] == 0.1
+        assert found["COST"] == {arm: 2.0 if arm == "pretrain" else 1.0 for arm in study.COST}
+        assert list(found["COST"]) == list(study.COST)
+
+
+def test_a_failed_sweep_still_reports_and_commands_add_up(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(arguments: list[str]) -> None:
+        if arguments[0] == "launch.sweep" and failing:
+            raise SystemExit(1)
+
+    monkeypatch.setattr(few_labels, "run", run)
+    failing = True
+    command = [f"--config={RECIPE}:labels=5,arms=scratch", f"--out={runs}"]
+    with pytest.raises(SystemExit):
+        few_labels.main(command)
+    assert "| `scratch` | not run | 7" in (runs / "few_labels.md").read_text()
+    failing = False
+    few_labels.main(command)
+    few_labels.main([f"--config={RECIPE}:labels=20,arms=scratch", f"--out={runs}"])
+    notes = lines_of((runs / "few_labels.md").read_text(), "- `python -m benchmarks.few_labels")
+    assert len(notes) == 2, "each command once"
+    assert "labels=5" in notes[0]
+    assert "labels=20" in notes[1]
 
 
 def test_what_cannot_work_is_refused_in_words(runs: Path, tmp_path: Path) -> None:
@@ -163,6 +307,10 @@ def test_the_study_runs_from_end_to_end(data_root: Path, tmp_path: Path) -> None
     recipe = f"{RECIPE}:debug,labels=3,arms=scratch+mae_mean_teacher+lora,data={data}"
     few_labels.main([f"--config={recipe}", f"--out={tmp_path}", "--seeds=1"])
     text = (tmp_path / "few_labels.md").read_text()
-    assert all(f"| `{arm}` |" in text for arm in ("scratch", "mae_mean_teacher", "lora"))
+    for arm in ("scratch", "mae_mean_teacher", "lora"):
+        assert "not run" not in lines_of(text, f"| `{arm}` |")[0].split("|")[2]
+    assert re.search(r"`lora` trains [0-9,]+ of [0-9,]+ parameters", text)
+    # Once more: all is there already.
+    few_labels.main([f"--config={recipe}", f"--out={tmp_path}", "--seeds=1"])
     config = json.loads((tmp_path / "arms" / "lora_3" / "seed0" / "config.json").read_text())
     assert config["init"]["source"] == f"{tmp_path}/pretrained/seed{{seed}}"
