@@ -329,6 +329,36 @@ def test_bad_folder(tmp_path, keys, words):
         opened(tmp_path, **keys)
 
 
+def test_a_file_is_an_image_or_a_mask(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("medjax.errors._said", set())
+    touch(tmp_path, *(f"{name}.nii.gz" for name in ("a", "a_seg", "b", "b_seg", "c", "d_seg", "b_2_seg")))
+    keys = {"images": {"CT": "{case}.nii.gz"}, "targets": {"organ": "{case}_seg.nii.gz"}}
+    cohort = opened(tmp_path, **keys)
+    assert {c.id: (c.images["CT"].name, [f.name for f in c.targets.values()]) for c in cohort.cases} == {
+        "a": ("a.nii.gz", ["a_seg.nii.gz"]), "b": ("b.nii.gz", ["b_seg.nii.gz"]), "c": ("c.nii.gz", []),
+    }  # fmt: skip
+    said = capsys.readouterr().err
+    assert "4 files that data.images.CT='{case}.nii.gz' finds are masks of task 'organ' and no images" in said
+    assert f"(such as {tmp_path}/a_seg.nii.gz)" in said
+    assert "2 masks of task 'organ' belong to no image" in said
+    # The other way round: it is the masks' pattern that finds the images too.
+    touch(tmp_path / "flat", "a_ct.nii.gz", "a.nii.gz", "b_ct.nii.gz", "a_ct_ct.nii.gz")
+    keys = {"images": {"CT": "{case}_ct.nii.gz"}, "targets": {"organ": "{case}.nii.gz"}}
+    cohort = opened(tmp_path / "flat", **keys)
+    assert {c.id: (c.images["CT"].name, [f.name for f in c.targets.values()]) for c in cohort.cases} == {
+        "a": ("a_ct.nii.gz", ["a.nii.gz"]), "a_ct": ("a_ct_ct.nii.gz", []), "b": ("b_ct.nii.gz", []),
+    }  # fmt: skip
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mask", ["{case}.nii.gz", "{case}_ct.nii.gz"])
+def test_no_image_or_no_mask_is_left(tmp_path, mask):
+    touch(tmp_path, "a_ct.nii.gz", "b_ct.nii.gz")
+    key = "data.images.CT" if "_ct" in mask else "data.targets.organ"
+    with pytest.raises(UserError, match=rf"all files of {key}=.* \(such as a_ct.nii.gz\) are .* an image or a mask"):
+        opened(tmp_path, images={"CT": "{case}_ct.nii.gz"}, targets={"organ": mask})
+
+
 def test_an_incomplete_case_is_refused_left_out_or_allowed(tmp_path):
     touch(tmp_path, "a/t1.nii.gz", "a/t2.nii.gz", "b/t1.nii.gz")
     keys: dict[str, Any] = {"images": {"T1": "{case}/t1.nii.gz", "T2": "{case}/t2.nii.gz"}}
@@ -383,6 +413,18 @@ def test_bids(tmp_path):
     assert [c.id for c in derived.cases] == ["sub-01_ses-1"]
     left = opened(tmp_path, images={"T1": "T1w"}, exclude=("sub-01",))
     assert [c.id for c in left.cases] == ["sub-02_ses-1"]
+
+
+def test_a_bids_mask_of_another_session_is_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("medjax.errors._said", set())
+    keys = {"images": {"T1": "T1w"}, "targets": {"lesion": "desc-lesion_mask"}}
+    opened(bids(tmp_path), **keys)
+    assert "belong to no image" not in capsys.readouterr().err
+    name = "derivatives/lesions/sub-01/anat/sub-01_desc-lesion_mask.nii.gz"
+    touch(tmp_path, name, "derivatives/lesions/sub-09/ses-1/anat/sub-09_ses-1_desc-lesion_mask.nii.gz")
+    assert len(opened(tmp_path, exclude=("sub-02",), **keys).cases) == 2
+    words = f"2 masks of task 'lesion' belong to no image (such as {tmp_path / name})"
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

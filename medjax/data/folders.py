@@ -42,7 +42,9 @@ def from_folder(
         braces stands for any text within one part of the path (as short as can be, so the last field takes what is
         left), the same text wherever it stands twice; '*' for any text that does not matter. All modalities have the
         same fields.
-      targets: task -> pattern of its mask files, with some or all of the fields; or what `table` takes.
+      targets: task -> pattern of its mask files, with some or all of the fields; or what `table` takes. A file that
+        the patterns of an image and of a mask find is of the pattern that says more: with '{case}.nii.gz' and
+        '{case}_seg.nii.gz', 'a_seg.nii.gz' is a mask.
       labels: structure name -> value in the masks.
       id: template of a case's id, such as '{patient}-{frame}'; '' joins the fields with '_'.
       group: the patient: a template such as '{patient}', a column of the table, or a regular expression whose first
@@ -83,6 +85,7 @@ def from_folder(
             masks[task] = pattern, pattern.find(root, pattern.fields, intake)
         else:
             columns[task] = spec
+    _tell_apart(root, patterns, found, masks, intake)
     template = Template("data.id", id, fields) if id else None
     cases, values_of = [], {}
     for key in sorted({key for files in found.values() for key in files}):
@@ -112,8 +115,7 @@ def from_folder(
     for task, (pattern, matched) in masks.items():
         places = [fields.index(name) for name in pattern.fields]
         used = {tuple(key[place] for place in places) for files in found.values() for key in files}
-        if loose := [file for part, file in matched.items() if part not in used]:
-            intake.remark(f"{root}: {len(loose)} masks of task {task!r} belong to no image (such as {loose[0]})")
+        _remark_loose(root, task, [file for part, file in matched.items() if part not in used], intake)
     cohort = Cohort(root.resolve().name, root, tuple(images), check_labels(root, labels), tuple(cases))
     check_unique(root, cohort.cases)
     table = replace(table or Table(), targets=columns)
@@ -164,12 +166,54 @@ def from_files(
     return complete(root, Cohort(root.resolve().name, root, (modality,), {}, tuple(cases)), intake)
 
 
+def _remark_loose(root: Path, task: str, loose: Sequence[Path], intake: Intake) -> None:
+    if loose:
+        intake.remark(f"{root}: {len(loose)} masks of task {task!r} belong to no image (such as {loose[0]})")
+
+
+def _tell_apart(
+    root: Path,
+    patterns: Mapping[str, _Pattern],
+    found: Mapping[str, dict[tuple[str, ...], Path]],
+    masks: Mapping[str, tuple[_Pattern, dict[tuple[str, ...], Path]]],
+    intake: Intake,
+) -> None:
+    """Removes files that images and masks both claim from the one whose pattern says less; of equals, from the image.
+
+    Raises UserError where nothing is left of a modality or a task's masks.
+    """
+    taken: dict[Path, tuple[str, str]] = {}
+    for modality, files in found.items():
+        for task, (pattern, matched) in masks.items():
+            image_first = patterns[modality].said > pattern.said
+            both = {*files.values()}.intersection(matched.values())
+            loser, keeper = (matched, patterns[modality]) if image_first else (files, pattern)
+            for key in [key for key, file in loser.items() if file in both]:
+                file = loser.pop(key)
+                if not image_first:
+                    taken[file] = modality, task
+            if both and not loser:
+                other = pattern if image_first else patterns[modality]
+                raise UserError(
+                    f"{root}: all files of {other.key}={other.text!r} (such as {min(both).name}) are {keeper.key}="
+                    f"{keeper.text!r} too. Write the patterns so that a file is an image or a mask."
+                )
+    if taken:
+        file = min(taken)
+        modality, task = taken[file]
+        intake.remark(
+            f"{root}: {len(taken)} files that {patterns[modality].key}={patterns[modality].text!r} finds are masks of "
+            f"task {task!r} and no images (such as {file})"
+        )
+
+
 class _Pattern:
     """A pattern of file names with fields in braces, relative to a root."""
 
     def __init__(self, key: str, text: str) -> None:
         self.key, self.text = key, text
         parts = text.removeprefix("./").split("/")
+        self.said = sum(map(len, _WILD.sub("", "/".join(parts))))  # characters that a file's name has to have
         if text.startswith("/") or ".." in parts or "" in parts:
             raise UserError(
                 f"config: {key}={text!r}: a pattern lies below the cohort's folder, parts divided by one '/'"
@@ -353,6 +397,9 @@ def from_bids(
         values_of[case_id] = {"participant_id": f"sub-{sub}"} | ({"session_id": f"ses-{ses}"} if ses else {}) | values
     if not cases:
         raise UserError(f"{root}: no case is complete")
+    places = {key for matched in found.values() for key in matched}
+    for task, matched in masks.items():
+        _remark_loose(root, task, [file for key, file in matched.items() if key not in places], intake)
     name = str((load_json(root / "dataset_description.json") or {}).get("Name", root.resolve().name))
     cohort = Cohort(name, root, tuple(images), check_labels(root, labels), tuple(cases))
     extra = table.path if table else ""
