@@ -72,6 +72,8 @@ def test_msd_modalities_are_channels_of_one_file_in_any_order(tmp_path):
         ({"modality": {"T1": "0"}}, "numbered"),
         ({"labels": {"0": "background", "1": "a", "2": "a"}}, "two values"),
         ({"labels": {"0": "background", "a": "b"}}, "pair integers"),
+        ({"labels": {"background": 0, "liver": 1, "Liver": 1}}, "'liver' and 'Liver' both have the value 1"),
+        ({"labels": {"0": "background", "1": "liver", "01": "tumour"}}, "'liver' and 'tumour' both have the value 1"),
         ({"training": [{"image": "imagesTr/none.nii.gz"}]}, r"missing file .*none\.nii\.gz \(case none\)"),
         ({"training": [{"image": "imagesTr/c_0.nii.gz"}] * 2}, "'c_0' appears more than once"),
         ({"training": [{"label": "x"}]}, "no 'image'"),

@@ -268,6 +268,17 @@ def test_folder_with_patterns_and_a_table(tmp_path):
     assert {len(p) for p in parts.values()} == {2}
 
 
+def test_a_label_value_has_one_name(tmp_path):
+    heart(tmp_path)
+    with pytest.raises(UserError, match="labels 'x' and 'y' both have the value 1; a value has one name"):
+        opened(tmp_path, **HEART | {"labels": {"x": 1, "z": 2, "y": 1}})
+    assert opened(tmp_path, **HEART | {"labels": {"out": 0, "unclear": 0, "x": 1}}).cases
+    # Regions may overlap, and be the same.
+    labels = {"background": 0, "whole": [1, 2], "core": [2], "kernel": [2]}
+    cohort = from_nnunet(nnunet(tmp_path / "nnunet", labels=labels, regions_class_order=[1, 2, 2]))
+    assert cohort.regions == {"whole": (1, 2), "core": (2,), "kernel": (2,)}
+
+
 def test_ids_and_patients_of_a_folder(tmp_path):
     heart(tmp_path)
     # Without a word about patients, a field of that name still keeps a patient's images together.

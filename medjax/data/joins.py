@@ -183,11 +183,22 @@ def patient_of(id: str, fields: Mapping[str, str], group: str | None) -> str:
 
 
 def check_labels(path: Path, labels: Mapping[str, int] | None) -> dict[str, int]:
-    """Structure name -> value without the background; UserError for a value that is no integer from 0 on."""
+    """Structure name -> value without the background.
+
+    Raises UserError for a value that is no integer from 0 on, or that two structures have.
+    """
     for structure, value in (labels or {}).items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise UserError(f"{path}: label {structure!r} must be an integer from 1 on, not {value!r}")
-    return {k: v for k, v in (labels or {}).items() if v != 0}
+    found = {k: v for k, v in (labels or {}).items() if v != 0}
+    names: dict[int, str] = {}
+    for name, value in found.items():
+        if (other := names.setdefault(value, name)) != name:
+            raise UserError(
+                f"{path}: labels {other!r} and {name!r} both have the value {value}; a value has one name (what "
+                "several values make up, such as a whole tumour, is a region of the task)"
+            )
+    return found
 
 
 def complete(where: Path, cohort: Cohort, intake: Intake) -> Cohort:

@@ -233,7 +233,7 @@ def _distinct(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _labels(path: Path, table: Mapping[str, Any]) -> dict[str, int]:
-    """Structure name -> value, from either way round, without the background."""
+    """Structure name -> value, from either way round, without the background; UserError for two of one value."""
     labels: dict[str, int] = {}
     for key, value in table.items():
         # The Decathlon writes value -> name; nnU-Net and many copies write name -> value.
@@ -245,7 +245,7 @@ def _labels(path: Path, table: Mapping[str, Any]) -> dict[str, int]:
         if str(text) in labels:
             raise UserError(f"{path}: the label name {text!r} stands for two values; give each value its own name")
         labels[str(text)] = int(number)
-    return labels
+    return check_labels(path, labels)
 
 
 def _msd_cases(
