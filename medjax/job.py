@@ -57,6 +57,7 @@ def open_job(config: ConfigDict) -> Job:
     optim.schedule(config.optim, total, steps_of(config, "optim.warmup", len(splits["train"])))
     plan = preprocess.fit(config.data.preprocess, cohort, splits["train"])
     sides.check(config.augment, job, plan.orientation)
+    sides.views(config.augment, job, config.eval.mirror, plan.orientation)
     model = build_model(config, job)
     check_heads(model, len(plan.modalities))
     if config.data.buckets:

@@ -67,7 +67,7 @@ class Predictor:
             return dense, jnp.concatenate([outputs[name][0] for name in self._whole], axis=-1)
 
         odd: tuple[list[int], ...] = ([], [], [])
-        views = sides.views(config.augment, self._dense, config.eval.mirror, config.data.preprocess.orientation)
+        views = sides.views(config.augment, job, config.eval.mirror, config.data.preprocess.orientation)
         swap: list[tuple[int, int]] = []
         first = 0
         for name, task in (self._dense | self._whole).items():

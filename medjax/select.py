@@ -294,6 +294,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{args.run}: was trained without mirroring, so it has one view of a case and nothing to disagree about; "
             "give --mirror=AXIS..., or rank by --by=entropy"
         )
+    if args.mirror and any(sides.views(run.config.augment, run.tasks, mirror, run.plan.orientation).values()):
+        raise UserError("--mirror: labels of the left and the right trade places along axis 0. Leave it out")
     candidates, labelled, refused = open_cases(run, args.cohort)
     if not candidates and not refused:
         raise UserError(f"{args.cohort}: every case has labels; there is none to choose")

@@ -26,6 +26,7 @@ from medjax.errors import UserError
 from medjax.plan import __main__ as program
 from medjax.plan import memory, planner, recipe, rules
 from medjax.plan.fingerprint import Fingerprint, Seen, fingerprint
+from medjax.tasks.classification import Classification
 
 SPEC = config_lib.defaults().data.preprocess
 
@@ -279,6 +280,10 @@ def test_mirroring_minds_the_sides() -> None:
     assert (axes, swap) == ((0, 1), ())
     assert "axis 2 of 'PIR'" in notes[0]
     assert planner.mirroring({"kidney_l": 1, "kidney_r": 2}, "LPI")[:2] == ((0, 1, 2), ((1, 2),))
+    job = [Classification("side", ("left", "right"))]
+    axes, swap, notes = planner.mirroring({"kidney_l": 1, "kidney_r": 2}, "RAS", job)
+    assert (axes, swap) == ((1, 2), ())
+    assert "'left' is an answer of one side" in notes[0]
 
 
 # ------------------------------------------------------------------------------------------------------------- folds

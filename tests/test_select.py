@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from tiny import write_cohort, write_recipe
+from untrained import make_run
 
 from medjax import main, select
 from medjax.errors import UserError
@@ -129,6 +130,12 @@ def test_the_cases_without_labels_are_ranked(run: Path, capsys: pytest.CaptureFi
     select.main([str(run), str(cohort), "--count=3", "--pool=1", "--by=disagreement", f"--output={alone}"])
     values = [float(r["disagreement"]) for r in table(alone)]
     assert values == sorted(values, reverse=True)
+
+
+def test_where_left_and_right_trade_places_a_flip_is_no_view(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", labels={"left lung": 1, "right lung": 2})
+    with pytest.raises(UserError, match="--mirror: labels of the left and the right trade places along axis 0"):
+        select.main([str(folder), str(tmp_path), "--mirror", "0"])
 
 
 def test_a_folder_of_volumes_will_do(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

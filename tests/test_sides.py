@@ -51,6 +51,11 @@ def run_of(job: dict[str, Any], labels: dict[str, int], **sections: Any) -> tupl
 
 
 SEGMENTATION = {"organ": {"type": "segmentation", "levels": 1}}
+SIDE = {"side": {"type": "classification", "names": ("left", "right")}}
+FLUID = {"fluid": {"type": "classification", "problem": "multilabel", "names": ("left_effusion", "right_effusion")}}
+VOLUMES = {"volumes": {"type": "regression", "names": ("left_ml", "right_ml", "spleen_ml")}}
+LEFT = {"left_effusion": {"type": "classification", "names": ("no", "yes"), "problem": "binary"}}
+HEART = {"heart": {"type": "regression", "names": ("left ventricle ml", "right_ventricle_ml", "left atrium ml")}}
 POINTS = {"hips": {"type": "landmark", "names": ("left hip", "right hip", "sacrum")}}
 
 
@@ -62,6 +67,12 @@ POINTS = {"hips": {"type": "landmark", "names": ("left hip", "right hip", "sacru
         (SEGMENTATION, {"mirror": (0,), "swap": (("organs", 2, 5),)}, "RAS", "no task 'organs'"),
         (POINTS, {"mirror": (0,), "swap": ((1, 2),)}, "RAS", "no task has label maps. Name the task"),
         (POINTS, {"policy": "nnunet", "swap": (("hips", 1, 4),)}, "RAS", "task 'hips' has no label 4"),
+        # Answers of whole cases are not moved.
+        (SEGMENTATION | SIDE, {"mirror": (0,), "swap": (("side", 1, 2),)}, "RAS", "task 'side' is of whole cases"),
+        (SIDE, {"mirror": (0,)}, "RAS", "'left' of task 'side' has a side, .* Leave the axis out of augment.mirror"),
+        (FLUID, {"mirror": (1, 2)}, "SRA", "'left_effusion' of task 'fluid' has a side"),
+        (VOLUMES, {"policy": "nnunet"}, "RAS", "'left_ml' of task 'volumes' has a side"),
+        (LEFT, {"mirror": (0,)}, "RAS", "'left_effusion' of task 'left_effusion' has a side"),
     ],
 )
 def test_pairs_that_cannot_be_meant(job, augment, orientation, words):
@@ -77,6 +88,8 @@ def test_pairs_that_cannot_be_meant(job, augment, orientation, words):
         (SEGMENTATION, {"policy": "nnunet"}, "PIR", r"augment.mirror flips axis 2, left to right"),
         (POINTS, {"transforms": (("mirror", {}),)}, "RAS", "'left hip' and 'right hip' do not trade places"),
         (SEGMENTATION, {"mirror": (1, 2)}, "RAS", ""),
+        (SIDE | FLUID | VOLUMES | LEFT, {"mirror": (1, 2)}, "RAS", ""),
+        (HEART, {"mirror": (0,)}, "RAS", ""),  # one tells its left from its right in a mirror too
         (SEGMENTATION, {"mirror": (0,), "swap": ((5, 2),)}, "RAS", ""),
         (POINTS, {"mirror": (0, 1), "swap": (("hips", 1, 2),)}, "LAS", ""),
     ],
@@ -119,19 +132,63 @@ class _KnowsItsSide:
         }
 
 
-def test_averaged_over_mirrors_left_stays_left():
+@pytest.mark.parametrize("swapped", [True, False])
+def test_averaged_over_mirrors_left_stays_left(swapped):
     regions = {"right": ("right kidney",), "left": ("left kidney",), "all": ("left kidney", "right kidney")}
     job = SEGMENTATION | POINTS | {"parts": {"type": "segmentation", "levels": 1, "regions": regions}}
     volume = np.zeros((8, 8, 8, 1), np.float32)
     found = {}
     for axes in ((), (0, 1)):
-        swap = ((5, 2), ("hips", 1, 2))
-        config, built = run_of(job, KIDNEYS, augment={"mirror": (0,), "swap": swap}, eval={"mirror": axes})
+        # A run that was never mirrored has no pairs: names say which they are.
+        augment = {"mirror": (0,), "swap": ((5, 2), ("hips", 1, 2))} if swapped else {"mirror": (1, 2)}
+        config, built = run_of(job, KIDNEYS, augment=augment, eval={"mirror": axes})
         assert list(built["parts"].classes) == ["all", "left", "right"]
         found[axes] = predict.Predictor(config, _KnowsItsSide(), built)({}, volume)
     for name, expected in found[()].items():
         assert expected.std() > 0.1
         np.testing.assert_allclose(found[0, 1][name], expected, atol=1e-6, err_msg=name)
+
+
+def test_regions_trade_places_by_their_own_names_where_values_have_none():
+    regions = {
+        "left lung": ("label_1", "label_2"),
+        "all": ("label_1", "label_2", "label_3"),
+        "right lung": ("label_3",),
+    }
+    job = {"lungs": {"type": "segmentation", "levels": 1, "regions": regions}}
+    config, built = run_of(job, {f"label_{i}": i for i in (1, 2, 3)})
+    assert list(built["lungs"].classes) == ["all", "left lung", "right lung"]
+    assert sides.views(config.augment, built, (0, 2), "RAS") == {"lungs": [(1, 2)]}
+
+
+@pytest.mark.parametrize(
+    ("job", "labels", "augment", "orientation", "words"),
+    [
+        (SEGMENTATION, KIDNEYS, {}, "ASR", "'left kidney' of task 'organ' has a side, and labels .* axis 0 only"),
+        (SEGMENTATION, {"left kidney": 1, "liver": 2}, {}, "RAS", "'left kidney' of task 'organ' may have a side"),
+        (SEGMENTATION, {"LK": 1, "RK": 2}, {"mirror": (1,)}, "RAS", "'LK' of task 'organ' may have a side"),
+        (POINTS, {}, {}, "ASR", "'left hip' of task 'hips' has a side"),
+        (SEGMENTATION | SIDE, {"liver": 2}, {}, "RAS", "'left' of task 'side' .* Leave the axis out of eval.mirror"),
+        (VOLUMES, {}, {}, "RAS", "'left_ml' of task 'volumes' has a side"),
+    ],
+)
+def test_sides_that_a_network_has_never_seen_mirrored_are_not_averaged(job, labels, augment, orientation, words):
+    side = sides.axis_of(orientation)
+    options = {"augment": augment, "data": {"patch": (8, 8, 8), "preprocess": {"orientation": orientation}}}
+    config, built = run_of(job, labels, **options, eval={"mirror": (0, 1, 2)})
+    with pytest.raises(UserError, match=f"eval.mirror names axis {side}, left to right.*{words}"):
+        predict.Predictor(config, _KnowsItsSide(), built)
+    others = tuple(axis for axis in range(3) if axis != side)
+    assert not sides.views(config.augment, built, others, orientation)
+
+
+def test_what_a_network_has_learnt_in_mirrors_is_averaged_over_them(capsys, monkeypatch):
+    monkeypatch.setattr("medjax.errors._said", set())
+    config, built = run_of(SEGMENTATION | POINTS, KIDNEYS, augment={"mirror": (0,)})
+    assert sides.views(config.augment, built, (0,), "RAS") == {"organ": [], "hips": []}
+    said = capsys.readouterr().err
+    assert "eval.mirror names axis 0, left to right, but 'left kidney' and 'right kidney' do not trade places" in said
+    assert "'left hip' and 'right hip' do not trade places" in said
 
 
 def test_a_region_without_a_counterpart_cannot_be_mirrored():

@@ -27,7 +27,7 @@ def sided(names: Iterable[str]) -> tuple[list[tuple[str, str]], list[str], list[
       whose other is not among `names`; and those whose other is, but is not their mirror image (heart, liver), or not
       known to be ('LK' and 'RK').
     """
-    of = {name: re.sub(r"[\W_]+", " ", _CAPITAL.sub(" ", name)).lower().strip() for name in names}
+    of = {name: _words(name) for name in names}
     named = {words: name for name, words in of.items()}
     pairs, lonely, unlike = [], [], []
     for name, words in of.items():
@@ -42,11 +42,20 @@ def sided(names: Iterable[str]) -> tuple[list[tuple[str, str]], list[str], list[
                 unlike += [name, named[initial]]
         elif other not in named:
             lonely.append(name)
-        elif _UNLIKE.search(words) and not _BRAIN.search(words):
+        elif _lopsided(words):
             unlike.append(name)
         elif words < other:
             pairs.append((name, named[other]))
     return pairs, lonely, unlike
+
+
+def _words(name: str) -> str:
+    return re.sub(r"[\W_]+", " ", _CAPITAL.sub(" ", name)).lower().strip()
+
+
+def _lopsided(words: str) -> bool:
+    """Whether it is of an organ whose left is told from its right in a mirrored volume too."""
+    return bool(_UNLIKE.search(words)) and not _BRAIN.search(words)
 
 
 def axis_of(orientation: str) -> int:
@@ -68,7 +77,9 @@ def pairs_of(swap: Sequence[tuple[Any, ...]], task: Any) -> list[Pair]:
 
 
 def check(config: Mapping[str, Any], tasks: Mapping[str, Any], orientation: str) -> None:
-    """Raises UserError for pairs that cannot be meant, and notes labels with a side that are mirrored all the same.
+    """Raises UserError for pairs that cannot be meant, and for answers with a side where volumes are mirrored.
+
+    Labels with a side that are mirrored and stay what they are are noted.
 
     Args:
       config: `config.augment`. tasks: of the run. orientation: `data.preprocess.orientation`.
@@ -83,13 +94,18 @@ def check(config: Mapping[str, Any], tasks: Mapping[str, Any], orientation: str)
     for name in (p[0] for p in swap if isinstance(p[0], str)):
         if name not in tasks:
             raise UserError(f"config: augment.swap: no task '{name}' (there are: {', '.join(tasks)})")
+        if tasks[name].kind == "case":
+            raise UserError(
+                f"config: augment.swap: task '{name}' is of whole cases, and only labels of masks and of findings "
+                f"trade places. Leave it out; where its answers have a side, leave axis {side} out of augment.mirror"
+            )
     label_maps = {name: task for name, task in tasks.items() if hasattr(task, "foreground")}
     if any(not isinstance(p[0], str) for p in swap) and not label_maps:
         raise UserError(
             "config: augment.swap: no task has label maps. Name the task whose labels are meant: (('landmarks', 1, 2),)"
         )
     for name, task in tasks.items():
-        known = task.foreground if name in label_maps else {n: i for i, n in enumerate(getattr(task, "names", ()), 1)}
+        known = _known(task)
         for value in (v for pair in pairs_of(swap, task) for v in pair):
             if value not in known.values():
                 raise UserError(
@@ -98,6 +114,8 @@ def check(config: Mapping[str, Any], tasks: Mapping[str, Any], orientation: str)
                 )
         if side in axes and (name in label_maps or task.kind == "findings"):
             _note(known, pairs_of(swap, task), f"augment.mirror flips axis {side}", "augment.mirror")
+        elif side in axes and task.kind == "case":
+            _refuse_sided(task, f"augment.mirror flips axis {side}", "augment.mirror")
 
 
 def views(
@@ -105,23 +123,64 @@ def views(
 ) -> dict[str, list[Pair]]:
     """Task -> the output channels that trade places where a volume is mirrored along axis 0 for its prediction.
 
-    The network has learnt to call left what lies on the left, so in a mirrored volume it calls the right one left.
+    The network has learnt to call left what lies on the left, so in a mirrored volume it calls the right one left. What
+    trades places is what did in training; of a run that was never mirrored from left to right, what the names say.
 
     Args:
-      config: `config.augment` of the run. tasks: its tasks with outputs a voxel. axes: those that are mirrored.
+      config: `config.augment` of the run. tasks: of the run. axes: those that are mirrored. orientation:
+        `data.preprocess.orientation`.
 
     Raises:
-      UserError: a region whose counterpart is no region.
+      UserError: a region whose counterpart is no region; an answer of a whole case that has a side; a label with a side
+        that the network has never seen mirrored, and that nothing trades places with.
     """
-    if axis_of(orientation) not in axes:
+    side = axis_of(orientation)
+    if side not in axes:
         return {}
-    swap = mirrored(config)[1]
-    for task in tasks.values():
-        if hasattr(task, "foreground"):
-            _note(
-                task.foreground, pairs_of(swap, task), f"eval.mirror names axis {axis_of(orientation)}", "eval.mirror"
-            )
-    return {name: _channels(task, pairs_of(swap, task)) for name, task in tasks.items()}
+    flipped, swap = mirrored(config)
+    what, found = f"eval.mirror names axis {side}", {}
+    for name, task in tasks.items():
+        own = pairs_of(swap, task)
+        if task.kind == "case":
+            _refuse_sided(task, what, "eval.mirror")
+        elif task.kind == "pretext":
+            pass
+        elif side in flipped:  # what is told here the network has learnt
+            _note(_known(task), own, what, "eval.mirror")
+            found[name] = _channels(task, own)
+        else:
+            found[name] = _by_names(task, own, side, what)
+    return found
+
+
+def _known(task: Any) -> dict[str, int]:
+    """What a task tells apart: name -> value in masks, or label of findings."""
+    if hasattr(task, "foreground"):
+        return dict(task.foreground)
+    return {name: i for i, name in enumerate(getattr(task, "names", ()), 1)}
+
+
+def _by_names(task: Any, own: Sequence[Pair], side: int, what: str) -> list[Pair]:
+    """The channels that trade places by the names of what a task tells apart, beside those of its `own` pairs."""
+    known, regions = _known(task), getattr(task, "regions", {})
+    whole = bool(regions) and not own and not any(sided(known))
+    if whole:  # of nnU-Net's regions the values may have no names of their own
+        known = {name: i for i, name in enumerate(regions)}
+    pairs, lonely, unlike = sided(known)
+    paired = {value for pair in own for value in pair}
+    more = [(known[a], known[b]) for a, b in pairs if not paired & {known[a], known[b]}]
+    alone = [name for name in (*lonely, *unlike) if known[name] not in paired]
+    why = ""
+    if alone:
+        why = f"'{alone[0]}' of task '{task.name}' may have a side, and no other is sure to be its mirror image"
+    elif more and side:
+        why = f"'{pairs[0][0]}' of task '{task.name}' has a side, and labels trade places along axis 0 only"
+    if why:
+        raise UserError(
+            f"config: {what}, left to right, which the network has not seen mirrored in training: {why}. Leave the "
+            "axis out of eval.mirror"
+        )
+    return more if whole else _channels(task, [*own, *more])
 
 
 def _channels(task: Any, pairs: Sequence[Pair]) -> list[Pair]:
@@ -136,10 +195,27 @@ def _channels(task: Any, pairs: Sequence[Pair]) -> list[Pair]:
     for region, mapped in zip(task.classes, there, strict=True):
         if mapped not in covered:
             raise UserError(
-                f"config: eval.mirror: region '{region}' of task '{task.name}' has no counterpart on the other side "
-                "(augment.swap); leave axis 0 out"
+                f"config: eval.mirror: region '{region}' of task '{task.name}' has no counterpart on the other side; "
+                "leave axis 0 out"
             )
     return [(i, covered.index(mapped)) for i, mapped in enumerate(there) if i < covered.index(mapped)]
+
+
+def answer_of_one_side(task: Any) -> str:
+    """The name (of an answer, or the task's) by which a task of whole cases has another answer in a mirrored volume.
+
+    '' where there is none; of a left ventricle it is the same answer.
+    """
+    pairs, lonely, _ = sided((*task.names, task.name))
+    return next(iter([*(a for a, _ in pairs), *(name for name in lonely if not _lopsided(_words(name)))]), "")
+
+
+def _refuse_sided(task: Any, what: str, key: str) -> None:
+    if name := answer_of_one_side(task):
+        raise UserError(
+            f"config: {what}, left to right, but '{name}' of task '{task.name}' has a side, and the answers of whole "
+            f"cases do not trade places: a mirrored case would have the wrong one. Leave the axis out of {key}"
+        )
 
 
 def _note(labels: Mapping[str, int], swap: Sequence[Pair], what: str, key: str) -> None:

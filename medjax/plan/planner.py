@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def make(
         config.data.preprocess.spacing = spacing
         if config.augment.policy and not {"augment", "augment.mirror", "augment.swap"} & given:
             config.augment.mirror, config.augment.swap, said = mirroring(
-                cohort.labels, config.data.preprocess.orientation
+                cohort.labels, config.data.preprocess.orientation, job.values()
             )
             notes += said
     at_target = rules.resampled(shapes, seen.spacings, spacing)
@@ -300,9 +300,10 @@ def intensity_rules(
 
 
 def mirroring(
-    labels: Mapping[str, int], orientation: str = "RAS"
+    labels: Mapping[str, int], orientation: str = "RAS", job: Iterable[Any] = ()
 ) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...], list[str]]:
     """`(axes, swap, notes)`: all axes; labels of the left trade places with those of the right, or that axis stays."""
+    answers = [name for task in job if task.kind == "case" and (name := sides.answer_of_one_side(task))]
     pairs, lonely, unlike = sides.sided(labels)
     side = sides.axis_of(orientation)
     swap = tuple(sorted((min(labels[a], labels[b]), max(labels[a], labels[b])) for a, b in pairs))
@@ -311,6 +312,8 @@ def mirroring(
         why = f"label '{lonely[0]}' has no counterpart on the other side"
     elif unlike:
         why = f"label '{unlike[0]}' may have a side, and no other label is sure to be its mirror image"
+    elif answers:
+        why = f"'{answers[0]}' is an answer of one side, and answers of whole cases do not trade places"
     elif swap and side:
         why = f"labels trade places along axis 0 only, and left and right is axis {side} of '{orientation}'"
     if why:
