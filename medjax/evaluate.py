@@ -133,6 +133,7 @@ def evaluate_split(
     gauge = gauge or measures.Gauge(None, cases)
     began = time.perf_counter()
     options = run.config.eval
+    outputs = output_files(run.tasks, folder / "predictions", [c.id for c in cases]) if options.predictions else {}
     folder.mkdir(parents=True, exist_ok=True)
     predictor = run.predictor([run.plan.prepared_shape(case) for case in cases])
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in run.tasks}
@@ -147,13 +148,12 @@ def evaluate_split(
         if examiner:
             examiner.add(prepared, case.id, case.group, order[case.id])
         probabilities = predictor.case(run.params, prepared)
-        outputs = output_files(run, folder / "predictions", case.id)
         for name, task in run.tasks.items():
             decoded = task.decode(probabilities[name], prepared.geometry)
             if task.kind != "dense":
                 tables[name] += [{"case": case.id, **row} for row in task.table(decoded)]
             elif options.predictions:
-                write(task, decoded, like, outputs[name])
+                write(task, decoded, like, outputs[case.id][name])
             gauge.predicted(name, case.id, decoded, like.spacing)
             if name not in case.targets:
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,8 +47,10 @@ def open_job(config: ConfigDict) -> Job:
     splits = dataset.open_splits(cohort, config.data, config.seed)
     if "train" not in splits:
         raise UserError(f"config: data.split gives cohort '{cohort.name}' no 'train' split; it gives {list(splits)}")
-    evaluate.splits_to_evaluate(config, splits)
+    evaluated = evaluate.splits_to_evaluate(config, splits)
     job = tasks.build(config.tasks, cohort.labels)
+    for split in evaluated if config.eval.predictions else ():
+        evaluate.output_files(job, Path(split), [case.id for case in splits[split]])
     for task in tasks.self_supervised(job).values():
         task.check(config.data.patch)
     measures.check(config.measures, config.data, job, splits)

@@ -302,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     numbered = any(stem(f).endswith("_0000") for images in found.values() for f in images.values())
     if numbered and len(run.plan.modalities) > 1:
         say("taking " + ", ".join(f"_{i:04d} as {m}" for i, m in enumerate(run.plan.modalities)))
-    outputs = {name: output_files(run, args.output, name) for name in found}
+    outputs = output_files(run.tasks, args.output, found)
     check_outputs(args.output, [p for paths in outputs.values() for p in paths.values()], found)
 
     # Headers first: the largest grid fixes the program's shapes, and what is no volume is known at once.
@@ -347,10 +347,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(refusal(args.input, refused, done))
 
 
-def output_files(run: Run, folder: Path, name: str) -> dict[str, Path]:
-    """Mask task -> the file its prediction for the case `name` is written to; with several their names are in it."""
-    dense = [name for name, task in run.tasks.items() if task.kind == "dense"]
-    return {task: folder / f"{name}{'' if len(dense) == 1 else f'_{task}'}.nii.gz" for task in dense}
+def output_files(job: Mapping[str, Any], folder: Path, cases: Iterable[str]) -> dict[str, dict[str, Path]]:
+    """Case -> mask task -> the file its prediction is written to; with several tasks their names are in it.
+
+    Raises:
+      UserError: two predictions would be one file, be it only where a disk does not tell capitals from small letters.
+    """
+    dense = [name for name, task in job.items() if task.kind == "dense"]
+    found: dict[str, dict[str, Path]] = {case: {} for case in cases}
+    taken: dict[str, tuple[str, str]] = {}
+    for case, files in found.items():
+        for task in dense:
+            files[task] = folder / f"{case}{'' if len(dense) == 1 else f'_{task}'}.nii.gz"
+            other, of = taken.setdefault(str(files[task]).lower(), (case, task))
+            if (other, of) != (case, task):
+                raise UserError(
+                    f"{files[task]}: the predictions of case '{other}' (task '{of}') and of case '{case}' (task "
+                    f"'{task}') would be one file, at least where capitals are no other letters. Rename one of them"
+                )
+    return found
 
 
 def check_outputs(folder: Path, outputs: Iterable[Path], cases: Mapping[str, Mapping[str, Path]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from untrained import PATCH, labels_of, make_run, run_predict
 
 from medjax import evaluate, main, predict
 from medjax.data.cohort import Case
-from medjax.errors import run_program
+from medjax.errors import UserError, run_program
 from medjax.tasks.segmentation import Segmentation
 
 REPO = Path(__file__).resolve().parents[1]
@@ -464,6 +465,24 @@ def test_an_input_is_never_replaced(untrained: Path, tmp_path: Path, capsys: Any
     # A name that does not clash may lie beside it.
     run_predict(untrained, tmp_path / "in" / "b.nii", tmp_path / "in")
     assert files_in(tmp_path / "in") == {"a.nii.gz", "b.nii", "b.nii.gz"}
+
+
+@pytest.mark.parametrize(
+    ("job", "names", "words"),
+    [
+        (("core", "x_core"), ("p1", "p1_x"), "'p1' (task 'x_core') and of case 'p1_x' (task 'core') would be one file"),
+        (("one",), ("A", "a"), "'A' (task 'one') and of case 'a' (task 'one') would be one file"),
+    ],
+)
+def test_no_prediction_is_written_over_another(job: Any, names: Any, words: str, tmp_path: Path, capsys: Any) -> None:
+    run = make_run(tmp_path / "run", {name: {"type": "segmentation", "levels": 1} for name in job})
+    images = [write_scan(tmp_path / "in" / f"{name}.nii.gz", scan()) for name in names]
+    assert words in refused(run, tmp_path / "in", tmp_path / "out", capsys=capsys)
+    assert not (tmp_path / "out").exists()
+    cases = [Case(name, name, {"MRI": image}) for name, image in zip(names, images, strict=True)]
+    with pytest.raises(UserError, match=re.escape(words)):
+        evaluate.evaluate_split(predict.Run(run), "val", cases, tmp_path / "val")
+    assert not (tmp_path / "val").exists()
 
 
 def test_what_is_no_run_is_refused(untrained: Path, tmp_path: Path, capsys: Any) -> None:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
+from tiny import write_cohort, write_recipe
 
 from medjax import config as config_lib
 from medjax import evaluate, main, models, optim, parallel, tasks
@@ -130,6 +131,22 @@ def make(config: Any) -> tuple[Any, Any, Any]:
     job = job_lib.open_job(config)
     tx, _, create = step_lib.make_state(config, job)
     return step_lib.make_train_step(config, job, tx, mesh), create, mesh
+
+
+def test_what_evaluation_would_refuse_is_refused_before_training(tmp_path: Path) -> None:
+    cohort = write_cohort(tmp_path / "cohort", n=4)
+    write_cohort(tmp_path / "other", n=1, seed=1)
+    for folder in ("imagesTr", "labelsTr"):
+        (tmp_path / "other" / folder / "case0.nii.gz").rename(cohort / folder / "CASE2.nii.gz")
+    table = json.loads((cohort / "dataset.json").read_text())
+    table["training"].append({"image": "imagesTr/CASE2.nii.gz", "label": "labelsTr/CASE2.nii.gz"})
+    (cohort / "dataset.json").write_text(json.dumps(table))
+    with (cohort / "split.csv").open("a") as file:
+        file.write("CASE2,val\n")
+    recipe = write_recipe(tmp_path / "tiny.py", cohort)
+    with pytest.raises(UserError, match="case 'case2' .* and of case 'CASE2' .* would be one file"):
+        job_lib.open_job(load(recipe))
+    job_lib.open_job(load(recipe, "eval.predictions=false"))
 
 
 def a_batch(n: int = 4, seed: int = 0) -> dict[str, np.ndarray]:
