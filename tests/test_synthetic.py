@@ -280,11 +280,30 @@ def test_a_killed_build_is_no_cohort(tmp_path: Path) -> None:
     process.wait()
     assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
     left = next(tmp_path.iterdir())
-    # A day later the same request clears it away.
-    os.utime(left, (0, 0))
-    name = left.name[1:].rsplit("-", 1)[0]
-    synthetic._remove_stale(tmp_path, name)
-    assert not left.exists() or not list(left.rglob("brain_000.nii.gz"))
+    # A day later it is cleared away; a worker may be at its last case still.
+    while left.exists():
+        assert time.time() < deadline
+        for folder in (left, *left.iterdir()):
+            os.utime(folder, (0, 0))
+        synthetic._remove_stale(tmp_path)
+
+
+def test_what_killed_builds_left_goes_with_the_next_cohort_whichever_it_is(tmp_path: Path) -> None:
+    dead, young, working, other = (
+        tmp_path / name
+        for name in (
+            ".lung-v3-0123456789-ab_cdefg.tmp", ".lung-v3-0123456789-12345678.tmp", ".lung-v2-0123456789-1234abcd.tmp",
+            ".notes-v1.tmp",
+        )
+    )  # fmt: skip
+    for folder in (dead, young, working, other):
+        (folder / "images").mkdir(parents=True)
+    for folder in (dead, other):
+        os.utime(folder / "images", (0, 0))
+    for folder in (dead, working, other):
+        os.utime(folder, (0, 0))  # made long ago, and in 'working' a case has just been written
+    made = brain_cohort(tmp_path, n_train=1, n_val=0, n_test=1, workers=1, **TINY)
+    assert set(tmp_path.iterdir()) == {made, young, working, other}
 
 
 def test_a_missing_file_is_reported(tmp_path: Path) -> None:

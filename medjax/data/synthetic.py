@@ -23,6 +23,7 @@ import inspect
 import json
 import os
 import queue
+import re
 import shutil
 import subprocess
 import sys
@@ -68,6 +69,7 @@ _TEMPLATE_FILE = "datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz
 # Mean intensity of CSF, grey and white matter in the template's T1 (maximum 1), read off its pure voxels.
 _TEMPLATE_MEANS = (0.27, 0.65, 0.88)
 _STALE_SECONDS = 24 * 3600.0
+_BUILD = re.compile(r"\..+-v\w+-[0-9a-f]{10}-\w+\.tmp")  # a cohort's folder before it is complete
 
 # Mean intensity of CSF, grey matter, white matter, oedema, core, rim; white matter in T1 is about 0.85.
 _MEANS = np.array(
@@ -251,7 +253,7 @@ def make_cohort(
     before()
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        _remove_stale(cache, target.name)
+        _remove_stale(cache)
         build = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".tmp", dir=cache))
     except OSError as error:
         raise UserError(
@@ -837,14 +839,16 @@ def _check_complete(target: Path, names: Sequence[str]) -> None:
         )
 
 
-def _remove_stale(cache: Path, name: str) -> None:
-    """Removes what killed builds of this cohort left; a build takes minutes, so a day old means dead."""
-    for path in cache.glob(f".{name}-*.tmp"):
-        try:
-            dead = time.time() - path.stat().st_mtime > _STALE_SECONDS
-        except FileNotFoundError:
+def _remove_stale(cache: Path) -> None:
+    """Removes what killed builds of any cohort left; a case takes seconds, so a day without a new one means dead."""
+    for path in cache.glob(".*.tmp"):
+        if not _BUILD.fullmatch(path.name):
             continue
-        if dead:
+        try:
+            newest = max(folder.stat().st_mtime for folder in (path, *path.iterdir()))
+        except OSError:  # another has removed it, or it is another's
+            continue
+        if time.time() - newest > _STALE_SECONDS:
             shutil.rmtree(path, ignore_errors=True)
 
 
