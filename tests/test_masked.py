@@ -247,6 +247,7 @@ def test_what_cannot_be_masked_is_refused() -> None:
         (deep, small, "multiple of the network's total downsampling"),
         (NETS["resnet"], own, "no decoder of its own"),
         (swin, small, "use 'simmim'"),
+        (swin.clone(remat=True), small, "use 'simmim'"),
     ):
         model = Model(net, {"m": task.head()})
         with pytest.raises(UserError, match=message):

@@ -52,7 +52,8 @@ class Sparse:
             return self._densify(self.levels) if self._densify else list(self.levels)
         if isinstance(module, (InstanceNormAct, GroupNormAct)):
             return call(*args, **kwargs, visible=spread(self._visible, args[0].shape[1:4]))
-        if type(module).__name__ in ("TransformerBlock", "WindowBlock"):
+        # nn.remat names its classes 'Checkpoint...'.
+        if type(module).__name__.endswith(("TransformerBlock", "WindowBlock")):
             raise UserError("masked pretraining: method 'mae' of a transformer in windows is not there; use 'simmim'")
         y = call(*args, **kwargs)
         if isinstance(module, (Conv3D, PatchConv, FrozenBatchNormAct, LayerNorm, MaxPool)):
