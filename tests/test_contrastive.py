@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,10 @@ from tiny import RECIPE, write_cohort
 from medjax import main, tasks
 from medjax.errors import UserError
 from medjax.losses import contrastive as losses
+from medjax.models.heads import log_share
+from medjax.models.layers import InstanceNormAct
 from medjax.models.model import Model
+from medjax.models.pretext import ContrastHead
 from medjax.models.unet import UNet
 from medjax.tasks.contrastive import Contrastive
 
@@ -126,6 +130,46 @@ def test_vectors_follow_views(options: dict[str, Any]) -> None:
     assert any(np.asarray(g).any() for g in jax.tree.leaves(decoder)) == (task.scope == "local")
     found = task.measure([vectors], batch)
     assert set(found) == {"error", "found"}
+
+
+def test_how_much_there_is_of_something_outlives_an_instance_norm() -> None:
+    """Gaussian lesions of growing width, instance-normalised: the mean is 0 of all, a share of voxels grows."""
+
+    grid = np.stack(np.meshgrid(*[np.arange(16) - 7.5] * 3, indexing="ij"))
+    widths = np.asarray([1.0, 1.5, 2.0, 2.5, 3.0])
+    lesions = np.stack([np.exp(-np.square(grid).sum(0) / (2 * w**2)) for w in widths])
+    views = jnp.asarray(lesions[:, None, ..., None] + 0.005 * RNG.normal(size=(5, 2, 16, 16, 16, 1)), jnp.float32)
+
+    class Normed(nn.Module):
+        def total_factor(self) -> tuple[int, int, int]:
+            return (1, 1, 1)
+
+        @nn.compact
+        def __call__(self, x: Any, *, train: bool = False) -> Any:
+            return [InstanceNormAct(negative_slope=None, name="norm")(x)]
+
+    class Pooled(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            (y,) = Normed(name="normed")(x)
+            return y.mean((1, 2, 3)), log_share(y, 1, "map")
+
+    pooled = Pooled()
+    params = jax.jit(pooled.init)(jax.random.key(0), views[:, 0])["params"]
+    # Marks what is a deviation above the mean.
+    params["map"] = {"kernel": jnp.full((1, 1, 1, 1, 1), 1e3), "bias": jnp.full((1,), -1e3)}
+    mean, share = jax.jit(pooled.apply)({"params": params}, views[:, 0])
+    np.testing.assert_allclose(mean, 0, atol=1e-4)
+    flat = np.asarray(views[:, 0]).reshape(5, -1)
+    wanted = (flat > (flat.mean(1) + flat.std(1))[:, None]).mean(1)
+    np.testing.assert_allclose(np.exp(share[:, 0]) * (0.01 + 1e-5) - 1e-5, wanted, rtol=0.02)
+    assert np.corrcoef(share[:, 0], np.log(widths))[0, 1] > 0.97
+    # So two views of a lesion lie nearer to each other than to those of any other, before anything is learnt.
+    model = Model(Normed(), {"c": ContrastHead(features=8, hidden=32)})
+    params = jax.jit(model.init)(jax.random.key(1), views[:, 0])
+    vectors = np.asarray(jax.jit(lambda v: model.apply(params, v[:, 0], views={"c": {"image": v}})["c"][0])(views))
+    apart = np.linalg.norm(vectors[:, None, 0] - vectors[None, :, 1], axis=-1)
+    np.testing.assert_array_equal(apart.argmin(1), np.arange(5))
 
 
 def test_what_is_refused() -> None:

@@ -18,7 +18,20 @@ from jax import Array
 from medjax.models.layers import Conv3D
 
 POOLS = ("mean", "max", "both", "share")
-_MARKED, _LEAST = 1e-2, 1e-5  # shares of voxels, see PooledHead.pool
+_MARKED, _LEAST = 1e-2, 1e-5  # shares of voxels, see `log_share`
+
+
+def log_share(features: Array, maps: int, name: str) -> Array:
+    """[B, X, Y, Z, F] -> the log of the share of voxels that each of `maps` learnt maps marks, float32 [B, maps].
+
+    A map is a logistic function of a voxel's features, a convolution `name` of the module that calls this. An instance
+    norm leaves the mean of its features no trace of how much of something there is; a share has it, whatever the norms.
+    At the start a hundredth of the voxels is marked, and that is the zero of what is returned. The least share, of a
+    small lesion's order, keeps the log of nothing finite.
+    """
+    head = Conv3D(maps, (1, 1, 1), dtype=features.dtype, name=name)
+    marked = jax.nn.sigmoid(head(features).astype(jnp.float32) + math.log(_MARKED / (1 - _MARKED)))
+    return jnp.log((marked.mean(axis=(1, 2, 3)) + _LEAST) / (_MARKED + _LEAST))
 
 
 class DenseHead(nn.Module):
@@ -50,9 +63,8 @@ class PooledHead(nn.Module):
 
     Attributes:
       outputs: K. levels: how many levels are pooled, the coarsest first; 0: all.
-      pool: 'mean', 'max' or 'both' over the voxels of a level; or 'share': the log of the share of voxels that each of
-        `maps` learnt maps marks (logistic functions of a voxel's features). An instance norm leaves the mean of its
-        features no trace of how much of something there is; a share has it, whatever the norms.
+      pool: 'mean', 'max' or 'both' over the voxels of a level; or 'share': of voxels that each of `maps` learnt maps
+        marks (`log_share`).
       hidden: units of a hidden layer (GELU); 0: none.
       dropout: rate, on the pooled features and the hidden units; needs a 'dropout' key while training.
       shared: all K outputs are one linear function and differ by their bias alone (CORAL, Cao et al. 2020).
@@ -74,11 +86,7 @@ class PooledHead(nn.Module):
         first = max(0, len(pyramid) - self.levels) if self.levels else 0
         for i, features in enumerate(pyramid[first:], first):
             if self.pool == "share":
-                # At the start a hundredth of the voxels is marked, and that is the zero of the pooled feature. The
-                # least share, of a small lesion's order, keeps the log of nothing finite.
-                head = Conv3D(self.maps, (1, 1, 1), dtype=features.dtype, name=f"map{i}")
-                marked = jax.nn.sigmoid(head(features).astype(jnp.float32) + math.log(_MARKED / (1 - _MARKED)))
-                pooled.append(jnp.log((marked.mean(axis=(1, 2, 3)) + _LEAST) / (_MARKED + _LEAST)))
+                pooled.append(log_share(features, self.maps, f"map{i}"))
                 continue
             # Pooled in float32: thousands of bfloat16 values lose the sum.
             x = features.astype(jnp.float32)

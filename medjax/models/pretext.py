@@ -18,6 +18,7 @@ from jax import Array
 from medjax.errors import UserError
 from medjax.models.attention import TransformerBlock
 from medjax.models.decoders import factor_between
+from medjax.models.heads import log_share
 from medjax.models.layers import Bridge, Conv3D, ConvBlock, LayerNorm, Linear, PatchConvTranspose
 from medjax.models.sparse import Sparse, hide, spread
 from medjax.models.vit import ViT
@@ -195,7 +196,8 @@ class ContrastHead(PretextHead):
 
     Attributes:
       features: of the vectors. hidden: of the layer before; both of a projection that pretraining alone uses.
-      local: vectors of places (voxels of the finest level), not of whole views.
+      local: vectors of places (voxels of the finest level), not of whole views: of these `maps` shares of the coarsest
+        level's voxels are taken (`heads.log_share`), as the mean right after an instance norm says next to nothing.
 
     Returns `[vectors float32 [B, 2, D]]`, locally `[B, 2, P, D]`.
     """
@@ -203,6 +205,7 @@ class ContrastHead(PretextHead):
     features: int = 64
     hidden: int = 128
     local: bool = False
+    maps: int = 64
 
     def blank(self, image: Array) -> dict[str, Array]:
         two = jnp.stack([image, image], axis=1)
@@ -229,7 +232,7 @@ class ContrastHead(PretextHead):
             x, y, z = jnp.moveaxis(place // stride, -1, 0)
             x = jax.vmap(lambda f, i, j, k: f[i, j, k])(finest, x, y, z)
         else:
-            x = (end.levels or pyramid)[-1].astype(jnp.float32).mean((1, 2, 3))
+            x = log_share((end.levels or pyramid)[-1], self.maps, "maps")
         x = gelu(LayerNorm(name="norm")(nn.Dense(self.hidden, name="hidden")(x.astype(jnp.float32))))
         x = nn.Dense(self.features, name="out")(x)
         return [x.reshape(rows, 2, *x.shape[1:])]

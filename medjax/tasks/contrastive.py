@@ -35,7 +35,7 @@ class Contrastive(Pretext):
       method: 'simclr' (Chen et al. 2020): of all views in the batch, find the partner; or 'vicreg' (Bardes et al.
         2022): equal, but varied over the batch. Both want batches of many examples; the batch is what one accumulation
         round holds, over all devices.
-      scope: 'global', vectors of the coarsest level's mean; or 'local', vectors of places that both views show, for
+      scope: 'global', vectors of the coarsest level as a whole; or 'local', vectors of places that both views show, for
         segmentation: the same place is the partner, all other places of all views are not.
       crop: voxels of a view along (x, y, z); empty: the whole patch. Locally more than half of the patch. A multiple of
         the network's total downsampling.
