@@ -1,9 +1,10 @@
 """Brain tissues and tumour from few labelled cases, beginning from masked pretraining: fine-tunes configs/brain_mae.py.
 
 Data: the synthetic brains of configs/brain_seg.py, of whose 24 training cases 6 keep their labels; the others were for
-pretraining. Run configs/brain_mae.py first (with the same `debug`), or give another source: a run, one of its
-checkpoints, or weights of `python -m medjax.convert` for this network. The whole network learns, the encoder's stages
-slower the nearer they are to the image, and not before the heads have had a few steps.
+pretraining. Run configs/brain_mae.py first (with the same `debug`; with other arguments and --workdir=runs/brain_mae),
+or give another `source=`: a run, one of its checkpoints, or weights of `python -m medjax.convert` for this network. The
+whole network learns, the encoder's stages slower the nearer they are to the image, and not before the heads have had a
+few steps.
 
 With `peft=lora` the factors of a small change learn instead (4.9 % of the parameters), with `peft=probe` the head
 alone; what is saved is that, and runs/brain_mae must stay. `scratch` begins at random, to compare.

@@ -3,7 +3,8 @@
 Data: the synthetic brains of configs/brain_seg.py, whose labels are not read; with `folder=FOLDER` the volumes of any
 folder besides, all of one contrast (`modality=T1`); with `data=FOLDER` such a folder alone, one channel. Files that are
 no volume are left out and listed in the run folder (`skipped.csv`). The network is that of configs/brain_seg.py, and
-all of it is pretrained; configs/brain_finetune.py loads it.
+all of it is pretrained; configs/brain_finetune.py loads it from runs/brain_mae: with arguments say
+`--workdir=runs/brain_mae`, or give it this run as `source=`.
 
 Arguments: `debug` (a few small brains, a few steps; about a minute), `data=FOLDER`, `folder=FOLDER`, `modality=NAME`.
 """

@@ -190,7 +190,9 @@ def read(path: Path, which: str = "best", step: int | None = None) -> Source:
     if not path.exists():
         name = path.name.removesuffix("_debug")
         recipe = f"configs/{name}.py{':debug' if name != path.name else ''}"
-        first = f"run --config={recipe} first, or " if path.parent.name == "runs" else ""
+        # A recipe's arguments are part of its run's name, unless --workdir says otherwise.
+        first = f"run --config={recipe} first, with --workdir={path}, or give source=, or "
+        first = first if path.parent.name == "runs" else ""
         raise UserError(f"{path}: there is no such run, checkpoint or params.npz; {first}correct init.source")
     if path.is_file() or (path / convert.FILE).is_file():
         tree, about = convert.load(path)

@@ -83,7 +83,7 @@ def test_brain_finetune_begins_from_brain_mae(cache: Path, capsys: pytest.Captur
     assert np.isfinite(losses(workdir)).all()
     assert "dice" in metrics
     assert "run         brain_finetune: 2 train, 2 val, 2 test cases" in said
-    with pytest.raises(UserError, match="run --config=configs/brain_mae.py:debug first"):
+    with pytest.raises(UserError, match="run --config=configs/brain_mae.py:debug first, with --workdir=.*source="):
         main.main([f"--config={REPO}/configs/brain_finetune.py:debug", f"--workdir={cache / 'runs' / 'none'}"])
 
 
