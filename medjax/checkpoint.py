@@ -253,6 +253,14 @@ class Checkpoints:
                 if _sum_of(folder / name) != (size, crc):
                     raise ValueError(f"{name} is not what was written")
 
+    def damage(self, kind: str, step: int) -> str:
+        """What `verify` finds wrong with the files; '' if nothing."""
+        try:
+            self.verify(kind, step)
+        except Damaged as error:
+            return str(error)
+        return ""
+
     def check(self, kind: str, step: int, like: Any) -> None:
         """Raises UserError naming what differs unless the checkpoint holds arrays of the shapes of `like`."""
         self._check(kind, step, self._stored(kind, step), like)

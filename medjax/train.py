@@ -31,7 +31,7 @@ from medjax import (
     tasks,
     transfer,
 )  # fmt: skip
-from medjax.checkpoint import Checkpoints
+from medjax.checkpoint import Checkpoints, Damaged
 from medjax.data import pipeline, sampler
 from medjax.data.cases import Cohort
 from medjax.errors import Resumable, UserError, warn_once, write_atomic
@@ -82,8 +82,10 @@ def _train(
     checkpoints = stack.enter_context(Checkpoints(workdir))
 
     def read(step: int) -> tuple[dict[str, Any], transfer.Start | None, Any]:
-        if processes.primary():
-            checkpoints.verify("latest", step)
+        damage = checkpoints.damage("latest", step) if processes.primary() else ""
+        # All hear of it before any goes on: reading is done together, and would wait for process 0 for ever.
+        if told := processes.gather("files of the checkpoint", damage)[0]:
+            raise Damaged(told)
         meta, start = checkpoints.meta("latest", step), None
         if meta.get("base"):
             start = transfer.open_start(config, job.model, job.plan.modalities, workdir, meta["base"])
