@@ -6,6 +6,7 @@ A run that can go on later ends with exit code 75 (`errors.Resumable`); one that
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import json
 import os
@@ -31,33 +32,52 @@ class Preempted(Exception):
 class Preemption:
     """Notices SIGTERM, by which schedulers and clouds announce that they take the machine away.
 
-    As a context: until `graceful` is set there is nothing to save, and the process ends at once with exit code 75.
-    After that, `reached` becomes True at the next call. Of several processes any may get the signal: JAX's preemption
-    service (which Orbax uses as well) finds a call that all have yet to come to, and there it becomes True for all.
+    As a context: until `graceful` is set there is nothing to save, and the process ends at once with exit code 75, as
+    do the others of its run, which it tells. After that, `reached` becomes True at the next call. Of several processes
+    any may get the signal: JAX's preemption service (which Orbax uses as well) finds a call that all have yet to come
+    to, and there it becomes True for all. The service's own handler, which is not Python's, only notes the signal: it
+    is in force while `graceful` is set, and outside this context.
     """
 
     def __init__(self) -> None:
-        self.graceful = False
+        self._graceful = False
+        self._service: _Disposition | None = None
         self._asked = threading.Event()
         self._calls = 0
         self._before: Any = None
 
     def __enter__(self) -> Preemption:
-        # Of several processes JAX's own handler is in force.
-        if processes.count() == 1 and threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():
+            self._service = _Disposition(signal.SIGTERM) if processes.count() > 1 else None
             self._before = signal.signal(signal.SIGTERM, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
+        if self._service is not None:
+            self._service.restore()
+
+    @property
+    def graceful(self) -> bool:
+        """Whether there is a state to save, and `reached` is called now and then."""
+        return self._graceful
+
+    @graceful.setter
+    def graceful(self, value: bool) -> None:
+        if value and self._service is not None:
+            self._service.restore()
+        self._graceful = value
 
     def _handle(self, number: int, frame: Any) -> None:
         self._asked.set()
         if not self.graceful:
             # Written past Python's buffers: the signal may have come while one was being written to.
             os.write(2, b"\nmedjax: told to stop (SIGTERM); the same command begins where this one was\n")
+            processes.say_end(RESUMABLE, "told to stop (SIGTERM)")
             os._exit(RESUMABLE)
+        if self._service is not None:  # it came a moment before the service's handler was back
+            signal.raise_signal(number)
 
     def reached(self) -> bool:
         """Whether to save and stop here. Every process calls it equally often."""
@@ -67,6 +87,24 @@ class Preemption:
 
         self._calls += 1
         return bool(multihost_utils.reached_preemption_sync_point(self._calls))
+
+
+class _Disposition:
+    """What the process does at a signal, C handlers included, which Python can neither tell nor put back."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._action = ctypes.create_string_buffer(1024)  # a struct sigaction, which is smaller everywhere
+        self._call(None, self._action)
+
+    def restore(self) -> None:
+        """Puts back what was in force when this was made."""
+        self._call(self._action, None)
+
+    def _call(self, new: Any, old: Any) -> None:
+        if self._libc.sigaction(self._number, new, old):
+            raise OSError(ctypes.get_errno(), "sigaction")
 
 
 class Watchdog:

@@ -361,6 +361,11 @@ class _Run:
 _run = _Run()
 
 
+def say_end(code: int, words: str) -> None:
+    """Tells the other processes that this one is about to end by itself, and why: they end with the same code."""
+    _run.say_end(code, words)
+
+
 def barrier(name: str, seconds: float = 600) -> None:
     """Returns when every process is here; UserError naming those that are not after `seconds`."""
     _run.barrier(name, seconds)

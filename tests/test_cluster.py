@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,6 +171,48 @@ time.sleep(90)
     assert seconds < 60
 
 
+@pytest.mark.parametrize("who", [0, 1])
+def test_sigterm_while_there_is_nothing_to_save(who: int) -> None:
+    """Before the first step, and in the evaluation after the last, where JAX's own handler would only note it."""
+    ends = talk(
+        f"""
+from medjax import faults
+with faults.Preemption() as training:
+    training.graceful = True
+with faults.Preemption():
+    processes.barrier("evaluation")
+    if number == {who}:
+        os.kill(os.getpid(), 15)
+    time.sleep(90)
+"""
+    )
+    for number, (code, said, seconds) in enumerate(ends):
+        assert code == RESUMABLE, said
+        words = "told to stop (SIGTERM); the same command" if number == who else "ended: told to stop (SIGTERM)."
+        assert words in said
+        assert seconds < 45
+
+
+def test_sigterm_while_there_is_something_to_save() -> None:
+    for code, said, _ in talk(
+        """
+from medjax import faults
+with faults.Preemption() as preemption:
+    preemption.graceful = True
+    processes.barrier("training")
+    if number == 1:
+        os.kill(os.getpid(), 15)
+    calls = 0
+    while not preemption.reached():
+        calls += 1
+        time.sleep(0.05)
+    print("stopped together at", calls)
+"""
+    ):
+        assert code == 0, said
+        assert "stopped together at" in said
+
+
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +271,30 @@ def test_one_of_two_told_to_stop_stops_both_at_one_step(recipe: Path, finished: 
     pair = layouts.start(call(recipe, tmp_path), devices=2, processes=2, log=tmp_path / "again")
     assert [p.wait() for p in pair] == [0, 0], (tmp_path / "again.0").read_text()
     assert training.state_bytes(tmp_path) == training.state_bytes(finished)
+
+
+def test_a_pair_goes_back_to_the_checkpoint_before_a_damaged_one(recipe: Path, finished: Path, tmp_path: Path) -> None:
+    """Process 0 alone looks at the files; the other must not go on to read, which they do together."""
+    shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
+    files = [f for f in (tmp_path / "checkpoints/latest/12/state").rglob("*") if f.is_file()]
+    file = max(files, key=lambda f: f.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    file.write_bytes(bytes(data))
+    # The one before is that of the last step, so that nothing is left to train.
+    pair = layouts.start(call(recipe, tmp_path, 10), devices=2, processes=2, log=tmp_path / "log")
+    try:
+        codes = [p.wait(timeout=120) for p in pair]
+    finally:
+        for p in pair:
+            p.kill()
+    said = [(tmp_path / f"log.{number}").read_text() for number in (0, 1)]
+    assert codes == [0, 0], said
+    for text in said:
+        assert "is not what was written" in text
+        assert "the checkpoint of step 10 is used" in text
+    assert "already trained to step 10" in said[0]
+    assert (tmp_path / "checkpoints/damaged/latest-12").is_dir()
 
 
 KILLS = 20
