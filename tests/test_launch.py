@@ -182,6 +182,30 @@ def test_slurm_array(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
             slurm.main(["--array", array, "--dry-run", *RUN])
 
 
+def test_slurm_asks_again_and_lets_a_setup_be_loose(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One look at the queue that fails is no cancelled job; a setup that reads an unset variable is no error."""
+    text = batch(capsys, "--setup=echo setup $NOWHERE_SET", "--python=echo")
+    here = tmp_path / "bin"
+    here.mkdir()
+    for name, body in {
+        "srun": "exit 75",
+        "squeue": f"echo x >> {here}/looks; [ $(wc -l < {here}/looks) -lt 3 ] && exit 1; echo RUNNING",
+        "scontrol": f'echo "$@" > {here}/asked',
+        "sleep": f'echo "$@" >> {here}/slept',
+    }.items():
+        script(here / name, f"#!/bin/bash\n{body}\n")
+    environment = {**os.environ, "PATH": f"{here}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    environment.pop("SLURM_ARRAY_JOB_ID", None)
+    file = script(tmp_path / "job", text)
+    done = subprocess.run(["bash", str(file)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 75
+    assert "setup" in done.stdout
+    assert (here / "asked").read_text() == "requeue 7\n"
+    assert (here / "slept").read_text() == "3\n3\n60\n"
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A running SLURM of one node with two CPUs."""
