@@ -60,6 +60,12 @@ def check_run(arguments: Sequence[str], fixed_workdir: bool = False, mount: str 
         )
 
 
+def stops() -> list[signal.Signals]:
+    """The signals that end a launcher in good order; a closed terminal's is one, unless `nohup` has it ignored."""
+    hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *hangup]
+
+
 def at_least(args: argparse.Namespace, **least: float) -> None:
     """UserError for the first option that is below its least value."""
     for name, bound in least.items():

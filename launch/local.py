@@ -11,6 +11,7 @@ itself after a process died.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -85,8 +86,7 @@ def run(processes: Sequence[Process], grace: float) -> tuple[int, bool]:
         ten seconds later.
     """
     got: list[int] = []
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {s: signal.signal(s, lambda number, _: got.append(number)) for s in signals}
+    before = {s: signal.signal(s, lambda number, _: got.append(number)) for s in common.stops()}
     running: list[subprocess.Popen] = []
     threads: list[threading.Thread] = []
     limit, told = float("inf"), False
@@ -98,13 +98,13 @@ def run(processes: Sequence[Process], grace: float) -> tuple[int, bool]:
             threads[-1].start()
         while any(p.poll() is None for p in running):
             if got and not told:
-                print(f"launch: {signal.Signals(got[0]).name}: the processes are told to save and end", flush=True)
+                _say(f"launch: {signal.Signals(got[0]).name}: the processes are told to save and end\n")
                 _signal(running, signal.SIGTERM)
                 limit, told = time.monotonic() + grace, True
             dead = next((i for i, p in enumerate(running) if p.poll() not in (None, 0)), None)
             if dead is not None and limit == float("inf"):
                 how = common.exit_words(running[dead].returncode)
-                print(f"launch: process {dead} ended ({how}); the others have {grace:.0f} s to end", flush=True)
+                _say(f"launch: process {dead} ended ({how}); the others have {grace:.0f} s to end\n")
                 limit = time.monotonic() + grace
             if time.monotonic() > limit:
                 _signal(running, signal.SIGTERM if time.monotonic() < limit + 10 else signal.SIGKILL)
@@ -135,7 +135,12 @@ def _start(process: Process) -> subprocess.Popen:
 
 def _copy(stream: IO[str], prefix: str) -> None:
     for line in stream:
-        sys.stdout.write(prefix + line)
+        _say(prefix + line)
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # a terminal that is gone must not keep the processes from saving
+        sys.stdout.write(text)
         sys.stdout.flush()
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import common
-from launch.work import Remote, Work, stop
+from launch.work import TURNS, Remote, Work, squeue, stop
 from medjax.errors import UserError, run_program, write_atomic
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+,() -]*")
@@ -231,9 +231,9 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[Callable[[], None]]:
-    """Gives a function that raises Interrupted once SIGINT or SIGTERM has come; the handlers do nothing else."""
+    """Gives a function that raises Interrupted once the sweep is told to stop; the handlers do nothing else."""
     got: list[int] = []
-    before = {s: signal.signal(s, lambda number, _: got.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, lambda number, _: got.append(number)) for s in common.stops()}
 
     def look() -> None:
         if got:
@@ -246,8 +246,12 @@ def stoppable() -> Iterator[Callable[[], None]]:
             signal.signal(number, handler)
 
 
-def run_local(works: Sequence[Work], slots: Sequence[Slot], retries: int) -> None:
-    """Works the runs off on this machine, one a slot at a time; a signal lets all save, and raises Interrupted."""
+def run_local(works: Sequence[Work], slots: Sequence[Slot], retries: int, keep: Sequence[int] = ()) -> None:
+    """Works the runs off on this machine, one a slot at a time; a signal lets all save, and raises Interrupted.
+
+    Args:
+      keep: file descriptors that they inherit.
+    """
     waiting, free = list(works), list(slots)
     busy: dict[subprocess.Popen, tuple[Work, Slot, float]] = {}
     with stoppable() as look:
@@ -257,7 +261,7 @@ def run_local(works: Sequence[Work], slots: Sequence[Slot], retries: int) -> Non
                 while waiting and free:
                     work, slot = waiting.pop(0), free.pop(0)
                     work.update(state="running")
-                    busy[work.start(slot.environment, slot.cpus)] = (work, slot, time.monotonic())
+                    busy[work.start(slot.environment, slot.cpus, keep)] = (work, slot, time.monotonic())
                     say(f"started     {work.name} on {slot.label}")
                 for process in [p for p in busy if p.poll() is not None]:
                     work, slot, began = busy.pop(process)
@@ -298,7 +302,7 @@ def run_slurm(
         except ImportError:
             raise UserError("--executor=slurm needs submitit: pip install submitit") from None
         common.need("sbatch", "--executor=slurm runs on a machine of a SLURM cluster")
-        executor = submitit.SlurmExecutor(folder=out / "slurm")
+        executor = submitit.SlurmExecutor(folder=out / "slurm", max_num_timeout=TURNS)
         executor.update_parameters(
             job_name=f"medjax_{out.name}"[:40], array_parallelism=at_once, signal_delay_s=120, **options
         )
@@ -344,9 +348,7 @@ def run_slurm(
 def jobs_in_queue() -> set[str]:
     """Ids of this user's jobs that SLURM has, array elements as 'array_element' and by their own number."""
     common.need("squeue", "--executor=slurm runs on a machine of a SLURM cluster")
-    done = subprocess.run(
-        ["squeue", "--me", "--noheader", "--array", "--format=%i %A %T"], capture_output=True, text=True, check=False
-    )
+    done = squeue("--me", "--array", "--format=%i %A %T")
     if done.returncode:
         raise UserError(f"squeue failed: {done.stderr.strip()}")
     return {name for line in done.stdout.splitlines() for name in line.split()[:2]}
@@ -376,17 +378,22 @@ def table(works: Sequence[Work]) -> str:
 
 
 @contextlib.contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Holds the sweep's folder; UserError if another sweep does."""
+def alone(out: Path) -> Iterator[int]:
+    """Holds the sweep's folder; UserError if another sweep does, or runs that one left behind.
+
+    Yields:
+      A file descriptor: the folder stays held as long as any process has it open.
+    """
     common.make_folder(out)
     with (out / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"{out}: another sweep is at work in this folder; wait for it, or choose another --out"
+                f"{out}: another sweep is at work in this folder, or runs that it left behind (fuser {out}/.lock shows "
+                "them): wait till they end, or choose another --out"
             ) from None
-        yield
+        yield file.fileno()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -469,7 +476,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.status:
         say(table(works))
         return
-    with alone(out):
+    with alone(out) as lock:
         for work in works:
             work.check()
         given = ["python", "-m", "launch.sweep", *(sys.argv[1:] if argv is None else argv)]
@@ -485,11 +492,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 work.update(state="waiting", tries=0, turns=0)
         try:
             if args.executor == "local":
-                run_local(todo, local_slots(args.jobs), args.retries)
+                # Its runs hold the folder too: should the sweep be killed, no second one begins while they go on.
+                run_local(todo, local_slots(args.jobs), args.retries, [lock])
             elif todo:
                 run_slurm(todo, out, args.retries, slurm_options(args.slurm), args.jobs or 256, not args.no_wait)
         except Interrupted as stopped:
-            say(f"\n{table(works)}\ninterrupted; the same command goes on")
+            with contextlib.suppress(OSError):  # the terminal may be what is gone
+                say(f"\n{table(works)}\ninterrupted; the same command goes on")
             raise SystemExit(stopped.code) from None
         say(f"\n{table(works)}")
         finish(works, out, args.baseline)

@@ -19,6 +19,9 @@ from medjax.errors import UserError, write_atomic
 FINAL = 2  # exit code of a user's mistake: the same command would end the same way
 TURNS = 50  # times a run is started again after a preemption
 GRACE = 60.0  # seconds a run is given to save its state when it is told to stop
+_KILLED = 10.0  # seconds a run that is killed may take to be gone
+_POLL = 0.2  # seconds between two looks at a run
+_TRIES, _PAUSE = 5, 3.0  # of asking SLURM, whose daemon may be busy or restarting, and seconds between them
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,14 @@ class Work:
                 "Choose another --out, or delete that folder"
             )
 
-    def start(self, environment: Mapping[str, str] | None = None, cpus: Sequence[int] = ()) -> subprocess.Popen:
-        """Starts the command in a process group of its own; what it says is added to the log."""
+    def start(
+        self, environment: Mapping[str, str] | None = None, cpus: Sequence[int] = (), keep: Sequence[int] = ()
+    ) -> subprocess.Popen:
+        """Starts the command in a process group of its own; what it says is added to the log.
+
+        Args:
+          keep: file descriptors that it inherits.
+        """
         make_folder(self.folder)
         with self.log.open("a") as log:
             log.write(f"$ {shown(self.command, environment)}\n")
@@ -80,6 +89,7 @@ class Work:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(environment or {})},
                 start_new_session=True,
+                pass_fds=keep,
                 preexec_fn=(lambda: pin(cpus)) if cpus else None,
             )
 
@@ -108,8 +118,11 @@ class Work:
 
 
 def stop(processes: Sequence[subprocess.Popen], grace: float = GRACE) -> list[int]:
-    """Tells runs to save and end; kills their whole groups after `grace` seconds. Returns their exit codes."""
-    for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, 10.0)):
+    """Tells runs to save and end; kills their whole groups after `grace` seconds. Returns their exit codes.
+
+    In a signal's handler that came in the midst of a `poll` nobody can tell how that process ended: -9 then.
+    """
+    for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, _KILLED)):
         end = time.monotonic() + seconds
         for process in processes:
             if process.poll() is None:
@@ -118,7 +131,7 @@ def stop(processes: Sequence[subprocess.Popen], grace: float = GRACE) -> list[in
         for process in processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, end - time.monotonic()))
-    return [int(process.returncode) for process in processes]
+    return [-signal.SIGKILL if process.returncode is None else process.returncode for process in processes]
 
 
 def job_id() -> str:
@@ -130,8 +143,19 @@ def job_id() -> str:
 
 def job_state() -> str:
     """What SLURM says of the job this process is in: RUNNING, or COMPLETING when it has been cancelled."""
-    command = ["squeue", "--noheader", f"--jobs={job_id()}", "--format=%T"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return squeue(f"--jobs={job_id()}", "--format=%T").stdout.strip()
+
+
+def squeue(*options: str) -> subprocess.CompletedProcess[str]:
+    """What `squeue` answers; asked again where it fails, as it does while SLURM's daemon is busy."""
+    command = ["squeue", "--noheader", *options]
+    for turn in range(_TRIES):
+        if turn:
+            time.sleep(_PAUSE)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if not done.returncode:
+            break
+    return done
 
 
 class Remote:
@@ -158,7 +182,9 @@ class Remote:
             self._process = self.work.start()
             if self._told:  # while it was being started
                 self._pass_on(signal.SIGTERM)
-            code = self._process.wait()
+            # Not `wait`: it holds a lock that `checkpoint`, called by a signal's handler in this thread, would need.
+            while (code := self._process.poll()) is None:
+                time.sleep(_POLL)
             state = self.work.ended(code, time.monotonic() - began, self.retries)
             if code != 0 and job_state() != "RUNNING":  # cancelled by someone: not to be brought back
                 return str(self.work.update(state="interrupted")["state"])

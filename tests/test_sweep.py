@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,11 +14,12 @@ from typing import Any
 
 import pytest
 from test_compare import noisy, write_run
-from test_launch import cluster, shown, start_now, until  # noqa: F401  (a fixture)
+from test_launch import cluster, script, shown, start_now, until  # noqa: F401  (a fixture)
 
+import launch.work
 from configs.ablations import multitask
 from launch import sweep
-from launch.work import Work
+from launch.work import Work, stop
 from medjax.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
@@ -245,7 +247,38 @@ def test_one_sweep_a_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_a_signal_lets_the_runs_save(tmp_path: Path) -> None:
+def test_a_sweep_that_is_killed_leaves_its_folder_to_its_runs(tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from launch import sweep
+from launch.work import Work
+with sweep.alone(Path({str(tmp_path)!r})) as lock:
+    work = Work("a", Path({str(tmp_path)!r}) / "a", ("bash", "-c", "echo $$ > {tmp_path}/pid; exec sleep 60"))
+    sweep.run_local([work], [sweep.Slot({{}}, (), "")], 0, [lock])
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPO)
+    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip())
+    process.kill()
+    process.wait()
+    orphan = int((tmp_path / "pid").read_text())
+    try:
+        with pytest.raises(UserError, match=r"or runs that it left behind \(fuser .*/\.lock"), sweep.alone(tmp_path):
+            pass
+    finally:
+        os.kill(orphan, signal.SIGKILL)
+
+    def free() -> bool:
+        try:
+            with sweep.alone(tmp_path):
+                return True
+        except UserError:
+            return False
+
+    until(free)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_lets_the_runs_save(tmp_path: Path, number: int) -> None:
     code = f"""
 from pathlib import Path
 from launch import sweep
@@ -258,18 +291,54 @@ try:
 except sweep.Interrupted as stopped:
     raise SystemExit(stopped.code)
 """
+    # Whatever the tests themselves run under.
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     process = subprocess.Popen([sys.executable, "-c", code], cwd=REPO)
+    signal.signal(signal.SIGHUP, hangup)
     until(
         lambda: all(
             (tmp_path / i / "log.txt").exists() and "up" in (tmp_path / i / "log.txt").read_text() for i in "01"
         )
     )
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     assert process.wait(20) == 75
     for i in "01":
         assert (tmp_path / i / "log.txt").read_text().rstrip().endswith("saved")
         assert json.loads((tmp_path / i / "status.json").read_text())["state"] == "interrupted"
     assert not (tmp_path / "2" / "status.json").exists()
+
+
+def test_a_closed_terminal_is_ignored_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers = {signal.SIGHUP: signal.SIG_IGN}
+    monkeypatch.setattr(sweep.common.signal, "getsignal", handlers.get)
+    assert signal.SIGHUP not in sweep.common.stops()  # nohup
+    handlers[signal.SIGHUP] = signal.SIG_DFL
+    assert signal.SIGHUP in sweep.common.stops()
+
+
+def test_a_run_is_stopped_from_within_a_look_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a signal's handler that came while the same thread was in `poll`, which then knows nothing for ever."""
+    monkeypatch.setattr(launch.work, "_KILLED", 0.2)
+    process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    with process._waitpid_lock:  # type: ignore[attr-defined]
+        assert stop([process], 0.2) == [-9]
+    assert process.wait(5) == -signal.SIGTERM
+
+
+def test_a_squeue_that_fails_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.work, "_PAUSE", 0.0)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    busy = "#!/bin/bash\necho x >> {0}/n; [ $(wc -l < {0}/n) -lt {1} ] && exit 1; echo {2}\n"
+    script(tmp_path / "squeue", busy.format(tmp_path, 5, "RUNNING"))
+    assert launch.work.job_state() == "RUNNING"
+    (tmp_path / "n").unlink()
+    script(tmp_path / "squeue", busy.format(tmp_path, 5, "7_1 8 RUNNING"))
+    assert sweep.jobs_in_queue() == {"7_1", "8"}
+    (tmp_path / "n").unlink()
+    script(tmp_path / "squeue", busy.format(tmp_path, 6, "RUNNING"))
+    with pytest.raises(UserError, match="squeue failed"):
+        sweep.jobs_in_queue()
 
 
 # ---- what is told at the end
@@ -413,3 +482,37 @@ def test_a_sweep_through_submitit(
     assert states(works) == ["done", "done", "failed", "failed"]
     assert [w.status()["tries"] for w in works] == [0, 0, 2, 1]
     assert works[1].status()["turns"] == 1
+
+
+@pytest.mark.slurm
+def test_a_job_whose_time_is_up_is_queued_again(
+    cluster: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SLURM sends SIGUSR2 two minutes before the limit; more often than submitit would allow by itself (3 times)."""
+    with monkeypatch.context() as patch:
+        patch.setenv("SUBMITIT_LOG_LEVEL", "NOCONFIG")
+        submitit = pytest.importorskip("submitit")
+    monkeypatch.chdir(REPO)
+    made: list[int] = []
+    executor = submitit.SlurmExecutor.__init__
+    monkeypatch.setattr(
+        submitit.SlurmExecutor,
+        "__init__",
+        lambda self, *a, **k: made.append(k.get("max_num_timeout", 3)) or executor(self, *a, **k),
+    )
+    code = f"[ -e {tmp_path}/f ] && exit 0; trap 'touch {tmp_path}/f; echo saved; exit 75' TERM; echo up; "
+    one = work(tmp_path, "long", code + "for i in $(seq 600); do sleep 0.1; done")
+    options = sweep.slurm_options(["time=10", "cpus_per_task=1"])
+    sweep.run_slurm([one], tmp_path, 0, options, 1, wait=False)
+    assert made == [launch.work.TURNS]
+    until(lambda: one.log.exists() and "up" in one.log.read_text(), 60)
+    job = one.status()["job"]
+    subprocess.run(["scancel", "--signal=USR2", job], check=True)
+    until(lambda: one.status()["state"] == "queued" and "saved" in one.log.read_text(), 60)
+    until(lambda: "JobState=PENDING" in shown(job), 30)
+    start_now(job)
+    sweep.run_slurm([one], tmp_path, 0, options, 1, wait=True)
+    assert states([one]) == ["done"]
+    assert one.status()["tries"] == 0
