@@ -1,7 +1,8 @@
 """A run as a JobSet on Kubernetes (GKE): one pod a host, TPU slices or GPUs, restarted when preempted.
 
     python -m launch.gke --name=brain --image=REGISTRY/medjax:1 --claim=runs --tpu=tpu-v5-lite-podslice \\
-        --topology=4x4 --hosts=4 --chips=4 -- --config=configs/brain_seg.py --workdir=/mnt/runs/brain
+        --topology=4x4 --hosts=4 --chips=4 -- --config=configs/brain_seg.py --config.data.batch_size=16 \\
+        --workdir=/mnt/runs/brain
     python -m launch.gke --name=brain --image=... --claim=runs --gpu=nvidia-h100-80gb --hosts=2 --chips=8 -- ...
 
 The manifest (JobSet v1alpha2) goes to gke/NAME.yaml and to `kubectl apply`; --dry-run prints it. The cluster needs the
@@ -63,7 +64,9 @@ def manifest(args: argparse.Namespace, arguments: Sequence[str]) -> dict[str, An
     metadata: dict[str, Any] = {}
     if args.bucket:
         metadata["annotations"] = {"gke-gcsfuse/volumes": "true"}
-        csi = {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": {"bucketName": args.bucket}}
+        # A checkpoint that is complete is renamed: without the limit only in a bucket with hierarchical namespace.
+        options = {"bucketName": args.bucket, "mountOptions": "implicit-dirs,rename-dir-limit=200000"}
+        csi = {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": options}
         pod["volumes"] = [{"name": "runs", "csi": csi}]
     else:
         pod["volumes"] = [{"name": "runs", "persistentVolumeClaim": {"claimName": args.claim}}]

@@ -1,7 +1,8 @@
 """Several processes of one run on this machine: a pod on a desk, or one process a GPU.
 
-    python -m launch.local --processes=2 -- --config=configs/brain_seg.py
-    python -m launch.local --processes=2 --cpu-devices=4 -- --config=configs/brain_seg.py:debug    # 8 CPU devices
+    python -m launch.local --processes=8 -- --config=configs/brain_seg.py --config.data.batch_size=8    # 8 GPUs
+    python -m launch.local --processes=2 --cpu-devices=4 -- --config=configs/brain_seg.py:debug \\
+        --config.data.batch_size=8    # 8 CPU devices
 
 Each process gets its share of the GPUs (or of the cores), and the address of the first as coordinator. They end
 together: when one dies, the others are given time to end by themselves, then they are ended. A signal to the launcher

@@ -1,6 +1,7 @@
 """A run as a SLURM job: one process a task, requeued when it is preempted or its time is up; or an array of runs.
 
-    python -m launch.slurm --nodes=2 --tasks-per-node=8 --gpus-per-task=1 -- --config=configs/brain_seg.py
+    python -m launch.slurm --nodes=2 --tasks-per-node=8 --gpus-per-task=1 -- --config=configs/brain_seg.py \\
+        --config.data.batch_size=16
     python -m launch.slurm --gpus-per-task=1 --array data.split.fold=0,1,2,3,4 -- --config=FILE \\
         --config.data.split.folds=5
 

@@ -1,11 +1,12 @@
 """A run on a Cloud TPU VM slice through `gcloud`: create, install, run on all hosts, go on after preemptions, delete.
 
     python -m launch.tpu_vm --name=brain --zone=us-west4-a --type=v5litepod-16 --spot --bucket=my-runs -- \\
-        --config=configs/brain_seg.py --workdir=/mnt/runs/brain
+        --config=configs/brain_seg.py --config.data.batch_size=16 --workdir=/mnt/runs/brain
 
 Needs `gcloud`, logged in, with a project that has TPU quota; --dry-run prints every command. The slice is asked for as
 a queued resource. What git tracks here is copied to each host. --workdir lies in a bucket that every host mounts at
-/mnt/runs, as a slice that is preempted is gone: it is then deleted, asked for anew, and the run resumes.
+/mnt/runs, as a slice that is preempted is gone: it is then deleted, asked for anew, and the run resumes. So it does on
+the same slice after a dropped connection: what still runs there is ended first.
 """
 
 from __future__ import annotations
@@ -28,10 +29,28 @@ PACKED = "medjax.tar.gz"  # what git tracks, in the home folder of each host
 _POLL = 30.0  # seconds between two looks at a queued resource
 _GONE = ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING")
 _FAILURES = 3  # of the request in a row, before it is given up
+_LOST = 255  # what ssh ends with when the connection is lost
+_UV = "~/.local/bin/uv"
+_INSTALLED = "https://cloud.google.com/storage/docs/cloud-storage-fuse/install"
+# uv brings a Python of its own: that of the images may be older than medjax asks for. In a bucket without hierarchical
+# namespace gcsfuse refuses to rename a folder, as a complete checkpoint is, unless it may copy that many files for it.
 SETUP = (
-    f"set -e; rm -rf ~/medjax; mkdir ~/medjax; tar -xzf ~/{PACKED} -C ~/medjax; cd ~/medjax; "
-    "python3 -m venv ~/env; . ~/env/bin/activate; pip install -q -r requirements.txt -r requirements-tpu.txt; "
-    f"sudo mkdir -p {MOUNT}; sudo chmod 777 {MOUNT}; mountpoint -q {MOUNT} || gcsfuse --implicit-dirs BUCKET {MOUNT}"
+    f"set -e; mountpoint -q {MOUNT} || command -v gcsfuse >/dev/null || {{ "
+    f"echo 'launch: gcsfuse is not on this host: choose another --runtime, or install it: {_INSTALLED}' >&2; "
+    "exit 2; }; "
+    f"rm -rf ~/medjax; mkdir ~/medjax; tar -xzf ~/{PACKED} -C ~/medjax; cd ~/medjax; "
+    f"[ -x {_UV} ] || curl -LsSf https://astral.sh/uv/install.sh | sh; "
+    f"[ -x ~/env/bin/python ] || {_UV} venv -q --python 3.11 ~/env; "
+    f"{_UV} pip install -q --python ~/env/bin/python -r requirements.txt -r requirements-tpu.txt; "
+    f"sudo mkdir -p {MOUNT}; sudo chmod 777 {MOUNT}; "
+    f"mountpoint -q {MOUNT} || gcsfuse --implicit-dirs --rename-dir-limit=200000 BUCKET {MOUNT}"
+)
+# An earlier turn whose connection was lost may still hold the chips: it is told to save, and ended after 90 s.
+_ALONE = (
+    'old=$(cat ~/medjax.pid 2>/dev/null); ours() { [ -n "$old" ] && [ "$old" != $$ ] && '
+    "grep -qs medjax.main /proc/$old/cmdline; }; "
+    "if ours; then echo 'launch: an earlier turn still runs here: it is told to save and end'; kill $old; "
+    "for _ in $(seq 90); do ours || break; sleep 1; done; if ours; then kill -9 $old; sleep 1; fi; fi; "
 )
 
 
@@ -132,7 +151,7 @@ def commands(args: argparse.Namespace, arguments: Sequence[str]) -> tuple[str, s
     """What every host runs: once to set it up, and the run."""
     setup = SETUP.replace("BUCKET", shlex.quote(args.bucket))
     run = shlex.join(["python", "-m", "medjax.main", *arguments])
-    return setup, f". ~/env/bin/activate; cd ~/medjax; {run}"
+    return setup, f"{_ALONE}. ~/env/bin/activate; cd ~/medjax; echo $$ > ~/medjax.pid; exec {run}"
 
 
 def main(argv: Sequence[str] | None = None, poll: float = _POLL) -> int:
@@ -181,7 +200,7 @@ def main(argv: Sequence[str] | None = None, poll: float = _POLL) -> int:
 
 
 def _turns(slice_: Slice, setup: str, run: str, restarts: int, poll: float) -> int:
-    """The run, again and again while its slice is preempted; returns the exit code of the last turn."""
+    """The run, again and again while its slice is preempted or not reached; returns the exit code of the last turn."""
     for turn in range(restarts + 1):
         fresh = acquire(slice_, poll)
         if fresh or turn == 0:
@@ -189,11 +208,16 @@ def _turns(slice_: Slice, setup: str, run: str, restarts: int, poll: float) -> i
                 common.execute(slice_.copy(str(pack(Path(folder))), PACKED), dry_run=False)
             common.execute(slice_.ssh(setup), dry_run=False)
         code = common.execute(slice_.ssh(run), dry_run=False, check=False)
-        # A slice that vanished under the run ends the connection with a code that says nothing.
-        if code != common.PREEMPTED and resource_state(slice_, poll)[0] == "ACTIVE":
+        lost = code == _LOST  # by the network, or because the slice vanished under the run: a later look tells
+        if lost:
+            print(f"launch: the connection to the hosts is lost; looking again in {poll:.0f} s", flush=True)
+            time.sleep(poll)
+        there = code != common.PREEMPTED and resource_state(slice_, poll)[0] == "ACTIVE"
+        if there and not lost:
             break
         again = f"turn {turn + 2} resumes" if turn < restarts else f"--restarts={restarts} are used up"
-        print(f"launch: preempted (exit code {code}); {again}", flush=True)
+        what = "the slice is still there" if there else f"preempted (exit code {code})"
+        print(f"launch: {what}; {again}", flush=True)
     return code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -370,6 +371,15 @@ def test_jobset_fits_its_schema(options: list[str], capsys: pytest.CaptureFixtur
             jsonschema.validate({**found, **break_it}, SCHEMA)
 
 
+def test_jobset_of_a_bucket_lets_folders_be_renamed(capsys: pytest.CaptureFixture[str]) -> None:
+    found = jobset(capsys, "--bucket=my-runs", "--gpu=nvidia-l4")
+    [volume] = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["volumes"]
+    assert volume["csi"]["volumeAttributes"] == {
+        "bucketName": "my-runs",
+        "mountOptions": "implicit-dirs,rename-dir-limit=200000",
+    }
+
+
 def test_jobset_says_what_it_must(capsys: pytest.CaptureFixture[str]) -> None:
     found = jobset(
         capsys, "--claim=runs", "--tpu=tpu-v5-lite-podslice", "--topology=4x4", "--hosts=4", "--chips=4", "--restarts=5"
@@ -493,6 +503,140 @@ def test_tpu_vm_goes_on_after_a_preemption(
     once = [["queued-resources", "create"], ["tpu-vm", "scp"], ["tpu-vm", "ssh"], ["tpu-vm", "ssh"]]
     assert did == [*once, ["queued-resources", "delete"], *once, ["queued-resources", "delete"]]
     assert "preempted (exit code 255); turn 2 resumes" in capfd.readouterr().out
+
+
+def test_tpu_vm_goes_on_after_a_dropped_connection(
+    gcloud: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The same slice, which is neither deleted nor set up again."""
+    script(gcloud / "gcloud", GCLOUD.replace("touch $here/ran $here/broken", "touch $here/ran"))
+    monkeypatch.setattr(tpu_vm, "pack", lambda folder: folder)
+    assert tpu_vm.main([*TPU, *RUN], poll=0.01) == 0
+    did = [c.split()[2:4] for c in (gcloud / "calls").read_text().splitlines() if "describe" not in c]
+    assert did == [
+        ["queued-resources", "create"], ["tpu-vm", "scp"], *3 * [["tpu-vm", "ssh"]], ["queued-resources", "delete"],
+    ]  # fmt: skip
+    out = capfd.readouterr().out
+    assert "the connection to the hosts is lost; looking again" in out
+    assert "the slice is still there; turn 2 resumes" in out
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home folder in the place of a TPU host's; programs that only say how they were called, in `said`."""
+    (tmp_path / "bin").mkdir()
+    for name in ("sudo", "gcsfuse", "tar", "uv"):
+        script(tmp_path / "bin" / name, f'#!/bin/bash\necho {name} "$@" >> ~/said\n')
+    script(tmp_path / "bin" / "mountpoint", "#!/bin/bash\nexit 1\n")
+    (tmp_path / ".local").mkdir()
+    (tmp_path / ".local" / "bin").symlink_to(tmp_path / "bin")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    return tmp_path
+
+
+def on_host(text: str) -> subprocess.Popen:
+    return subprocess.Popen(["bash", "-c", text], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def tpu_commands() -> tuple[str, str]:
+    return tpu_vm.commands(argparse.Namespace(bucket="my-runs"), RUN[1:])
+
+
+def test_tpu_vm_sets_a_host_up(host: Path) -> None:
+    done = on_host(tpu_commands()[0])
+    out = done.communicate(timeout=20)[0]
+    assert done.returncode == 0, out
+    assert (host / "said").read_text().replace(str(host), "~").splitlines() == [
+        "tar -xzf ~/medjax.tar.gz -C ~/medjax",
+        "uv venv -q --python 3.11 ~/env",
+        "uv pip install -q --python ~/env/bin/python -r requirements.txt -r requirements-tpu.txt",
+        "sudo mkdir -p /mnt/runs",
+        "sudo chmod 777 /mnt/runs",
+        "gcsfuse --implicit-dirs --rename-dir-limit=200000 my-runs /mnt/runs",
+    ]
+    (host / "bin" / "gcsfuse").unlink()
+    done = on_host(tpu_commands()[0])
+    assert (
+        "gcsfuse is not on this host: choose another --runtime, or install it: https" in done.communicate(timeout=20)[0]
+    )
+    assert done.returncode == 2
+
+
+def test_tpu_vm_ends_an_earlier_turn_on_its_hosts(host: Path) -> None:
+    (host / "env" / "bin").mkdir(parents=True)
+    (host / "env" / "bin" / "activate").touch()
+    (host / "medjax").mkdir()
+    body = (
+        "[ -e ~/up ] && exit 0; trap 'touch ~/saved; exit 75' TERM; touch ~/up; for i in $(seq 300); do sleep 0.1; done"
+    )
+    script(host / "bin" / "python", f"#!/bin/bash\n{body}\n")
+    first = on_host(tpu_commands()[1])
+    until((host / "up").exists)
+    second = on_host(tpu_commands()[1])
+    assert "an earlier turn still runs here" in second.communicate(timeout=20)[0]
+    assert (first.wait(10), second.returncode) == (75, 0)
+    assert (host / "saved").exists()
+    # The number of one that has ended says nothing, whoever has it now.
+    (host / "medjax.pid").write_text(str(os.getpid()))
+    third = on_host(tpu_commands()[1])
+    assert third.communicate(timeout=20)[0] == ""
+    assert third.returncode == 0
+
+
+# ---- commands of the documentation
+
+
+def documented() -> list[str]:
+    """The commands of docs/cluster.md and of the launchers' own help that start a run, each on one line."""
+    texts = [(REPO / "docs" / "cluster.md").read_text(), *(str(m.__doc__) for m in (local, slurm, tpu_vm, gke))]
+    lines = [line.strip() for text in texts for line in text.replace("\\\n", " ").splitlines()]
+    kinds = "python -m launch.", "python -m medjax.main --config=configs"
+    return [line for line in lines if line.startswith(kinds) and not line.endswith("-- ...")]
+
+
+def devices(command: str) -> int:
+    """Of all the processes that a command starts."""
+    given = dict(re.findall(r"--([a-z-]+)=(\S+)", command.partition(" -- ")[0]))
+
+    def number(key: str, default: int = 1) -> int:
+        return int(given.get(key, default))
+
+    if said := re.search(r"# (\d+) (GPUs|CPU devices)", command):
+        return int(said[1])
+    return {
+        "local": number("processes") * number("cpu-devices"),
+        "slurm": number("nodes") * number("tasks-per-node") * number("gpus-per-task"),
+        "tpu_vm": int(given.get("type", "-1").rpartition("-")[2]),
+        "gke": number("hosts") * number("chips"),
+    }[command.split()[2].removeprefix("launch.")]
+
+
+@pytest.mark.parametrize("command", documented())
+def test_documented_commands_start(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they stand: the batch of the recipe can be cut over the devices that they ask for."""
+    from types import SimpleNamespace
+
+    from medjax import config as config_lib
+    from medjax import models, parallel, tasks
+
+    monkeypatch.chdir(REPO)
+    words = shlex.split(command, comments=True)
+    arguments = words[words.index("--") + 1 :] if "--" in words else words[3:]
+    common.check_run(arguments)
+    [recipe] = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
+    if recipe == "FILE":
+        return
+    overrides = [a.removeprefix("--config.") for a in arguments if a.startswith("--config.")]
+    options = {"model": models.options, "tasks": tasks.options}
+    config = config_lib.load(recipe, overrides, lambda room, kind: options[room](kind))
+    n = devices(command)
+    mesh = SimpleNamespace(shape={"data": n, "fsdp": 1, "space": 1}, size=n)
+    parallel.check_batch(config.data.batch_size, config.optim.accumulate, mesh)  # type: ignore[arg-type]
+
+
+def test_there_are_documented_commands() -> None:
+    assert [devices(c) for c in documented()] == [8, 8, 8, 16, 1, 16, 16, 16, 8, 8, 16, 1, 16, 16]
 
 
 def test_programs_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
