@@ -345,6 +345,27 @@ def test_binary_classification_of_a_cohort():
     assert task.selection(task.summarize([])) == 0.0
 
 
+def test_generalised_dice_sees_a_structure_of_any_size():
+    """A region of a million voxels that is missed costs what a small one does."""
+    task = Segmentation("t", {"a": 1}, {"r": ("a",)}, ce=0.0, overlap="generalised_dice")
+    overlap = jax.jit(
+        jax.value_and_grad(lambda x, t, m: task._overlap(x, t, m, {"activation": "sigmoid", "mask": m}).sum())
+    )
+    shape = (1, 100, 100, 100, 1)
+    everywhere, counted = jnp.ones(shape, bool), jnp.ones(shape[:-1], bool)
+    missed, hit = jnp.full(shape, -20.0), jnp.full(shape, 20.0)
+    assert float(overlap(missed, everywhere, counted)[0]) == pytest.approx(1, abs=1e-3)
+    assert float(overlap(hit, everywhere, counted)[0]) == pytest.approx(0, abs=1e-3)
+    for target, mask in ((everywhere, ~counted), (~everywhere, counted), (~everywhere, ~counted)):
+        for logits in (missed, hit, jnp.zeros(shape)):
+            value, gradient = overlap(logits, target, mask)
+            assert 0 <= float(value) <= 1
+            assert np.isfinite(gradient).all()
+            if not mask.any():  # nothing counts
+                assert float(value) == 0
+                assert not gradient.any()
+
+
 def test_classes_of_a_cohort_and_calibration():
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 1.5, (400, 3))
