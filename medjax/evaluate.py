@@ -154,13 +154,14 @@ def evaluate_split(
                 tables[name] += [{"case": case.id, **row} for row in task.table(decoded)]
             elif options.predictions:
                 write(task, decoded, like, outputs[case.id][name])
-            gauge.predicted(name, case.id, decoded, like.spacing)
             if name not in case.targets:
+                gauge.predicted(name, case.id, decoded, like.spacing)
                 continue
             if task.kind == "dense":
                 mask = nifti.read_label(str(case.targets[name]))
-                gauge.reference(name, case.id, mask.data, mask.spacing)
                 found = task.score(decoded, mask.data, mask.spacing)
+                gauge.predicted(name, case.id, decoded, like.spacing, mask.data)
+                gauge.reference(name, case.id, mask.data, mask.spacing)
             else:
                 reference = task.reference(prepared.values[name], prepared.geometry)
                 found = task.score(decoded, reference, prepared.geometry.spacing)

@@ -13,9 +13,10 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from untrained import make_run
 
 from medjax import config as config_lib
-from medjax import main, measures, models, predict, tasks
+from medjax import evaluate, main, measures, models, predict, tasks
 from medjax.data import dataset, nifti
 from medjax.data.cases import Case
 from medjax.errors import UserError
@@ -484,6 +485,40 @@ def test_what_several_processes_measured_is_put_together(run: Path, monkeypatch:
     parts[0].gather("val")
     assert parts[0].table() == whole.table()
     assert len(whole.table()) == 6
+
+
+def half_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spacing: tuple[float, float, float]
+) -> tuple[Any, Case]:
+    """An untrained run that calls all voxels 'lesion', and a case in half of which the reference ignores them."""
+    monkeypatch.setattr(
+        predict.Predictor,
+        "__call__",
+        lambda self, params, image: {"t": np.stack([np.zeros(image.shape[:3]), np.ones(image.shape[:3])], -1)},
+    )
+    job = {"t": {"type": "segmentation", "levels": 1, "ignore": 255}}
+    off = {"pictures": False, "predictions": False}
+    run = predict.Run(make_run(tmp_path / "run", job, labels={"lesion": 1}, spacing=None, evaluation=off))
+    run.plan = replace(run.plan, ignore=255)
+    image = np.random.default_rng(0).normal(100, 30, (16, 16, 16)).astype(np.float32)
+    label = np.ones((16, 16, 16), np.uint8)
+    label[:8] = 255
+    for name, data in (("image", image), ("label", label)):
+        nib.save(nib.Nifti1Image(data, np.diag([*spacing, 1.0])), tmp_path / f"{name}.nii.gz")
+    return run, Case("c0", "c0", {"MRI": tmp_path / "image.nii.gz"}, {"t": tmp_path / "label.nii.gz"})
+
+
+def test_what_the_reference_ignores_is_measured_in_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, case = half_ignored(tmp_path, monkeypatch, (1.0, 1.0, 1.0))
+    config = config_lib.defaults()
+    config.measures.formulas = {"v": "volume(lesion)"}
+    bound = measures.build(config.measures, config.data, run.tasks)
+    found = evaluate.evaluate_split(run, "val", [case], tmp_path / "val", measures.Gauge(bound, [case]))
+    assert found["measures"]["v"]["mae"]["value"] == 0
+    assert [float(row["predicted"]) for row in rows_of(tmp_path / "val" / "measures.csv")] == [8 * 16 * 16 / 1000]
+    gauge = measures.Gauge(bound, [case])
+    gauge.predicted("t", "c0", np.ones((16, 16, 16), np.uint8), (1.0, 1.0, 1.0))  # without a reference all count
+    assert gauge.table()["c0"]["v"] == 16**3 / 1000
 
 
 def test_a_run_keeps_its_rule_and_learns_one_for_other_measures(run: Path, tmp_path: Path) -> None:

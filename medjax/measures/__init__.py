@@ -196,9 +196,15 @@ class Gauge:
         self._found: dict[str, dict[str, dict[Any, Value]]] = {"predicted": {}, "reference": {}}
         self._seen: set[tuple[str, str]] = set()
 
-    def predicted(self, task: str, case: str, decoded: np.ndarray, spacing: Sequence[float]) -> None:
-        """Takes in what the network says of a case, on the file's own grid."""
-        self._take("predicted", task, case, decoded, None, spacing)
+    def predicted(
+        self, task: str, case: str, decoded: np.ndarray, spacing: Sequence[float], like: np.ndarray | None = None
+    ) -> None:
+        """Takes in what the network says of a case, on the file's own grid.
+
+        Args:
+          like: the reference mask, where there is one: what it says nothing of (`ignore`) is not measured either.
+        """
+        self._take("predicted", task, case, decoded, like, spacing)
 
     def reference(self, task: str, case: str, mask: np.ndarray, spacing: Sequence[float]) -> None:
         """Takes in a case's reference mask."""
