@@ -95,6 +95,15 @@ def test_peaks():
     assert len(findings.peaks(np.ones((4, 4, 4)), 0.5, limit=10)) == 10
 
 
+def test_a_large_peak_hides_no_small_one():
+    """A finding whose slope alone has more voxels of a higher value than there may be peaks."""
+    large = 0.9 - 0.01 * np.abs(np.arange(S[0]) - 6.0)[:, None, None] - 1e-4 * sum(np.ogrid[:1, : S[1], : S[2]])
+    heat = np.where(np.arange(S[0])[:, None, None] < 18, large, 0.0).astype(np.float32)
+    heat[21, 10, 8] = 0.6
+    assert (heat > 0.6).sum() > 1000
+    assert findings.peaks(heat, 0.5, limit=1000).tolist() == [[6, 0, 0], [21, 10, 8]]
+
+
 TASK = Detection(
     "t",
     ("solid", "ground glass"),
@@ -322,10 +331,39 @@ def test_the_centroid_is_finer_than_the_grid():
     np.testing.assert_allclose(np.array(one.center) / SPACING, centre, atol=0.15)
 
 
+def bump(centre: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    grid = np.meshgrid(*(np.arange(n) for n in S), indexing="ij")
+    return np.exp(-0.5 * sum(((g - c) / s) ** 2 for g, c, s in zip(grid, centre, sigma, strict=True)))
+
+
+def test_the_centre_is_not_drawn_to_the_grid():
+    task, rng = Landmark("t", ("a",), sigma=4.0), np.random.default_rng(0)
+    geometry = SimpleNamespace(affine=np.diag([*SPACING, 1.0]))
+    error = []
+    for _ in range(40):
+        centre = rng.uniform((10.5, 9.5, 7.5), (11.5, 10.5, 8.5))
+        (one,) = task.decode(bump(centre, 4.0 / np.array(SPACING))[..., None], geometry)
+        error.append(np.array(one.center) / SPACING - centre)
+    assert np.abs(error).max() < 0.07
+    assert np.sqrt(np.mean(np.square(error))) < 0.025
+
+
+def test_a_map_narrower_than_a_voxel_has_its_centre():
+    heat = np.zeros((*S, 1))
+    heat[5:7, 5:7, 5:7] = 0.8
+    (one,) = Landmark("t", ("a",), sigma=0.45).decode(heat)
+    assert np.isfinite(one.center).all()
+    assert np.abs(np.array(one.center) - 5.5).max() <= 0.5
+
+
 def test_a_missed_landmark_never_improves_the_mean():
     reference = np.array([[1, 2, 3, 0, 0, 0, 1], [5, 5, 5, 0, 0, 0, 3]], float)
     rows = POINTS.score([Found("left", 0.9, (1.0, 2.0, 4.0), (0.0,) * 3, {})], reference, SPACING)
     assert [(row["class"], row["error_mm"], row["found"]) for row in rows] == [("left", 1, 1), ("apex", 100, 0)]
+    far = POINTS.score([Found("apex", 0.9, (5.0, 5.0, 300.0), (0.0,) * 3, {})], reference[1:], SPACING)
+    assert [(row["error_mm"], row["found"], row["missed"]) for row in far] == [(100, 0, 0)]
+    (lenient,) = dataclasses.replace(POINTS, penalty=1.0).score([], reference[1:], SPACING)
+    assert (lenient["error_mm"], lenient["found"]) == (1, 0)  # what is missed is not found
     quiet = dataclasses.replace(POINTS, score_from=0.5)
     assert quiet.decode(np.full((*S, 3), 0.1, np.float32)) == []
     assert POINTS.selection(POINTS.summarize([])) == 0

@@ -120,19 +120,17 @@ def around(outputs: Array, centre: Array) -> tuple[Array, Array, Array]:
 def peaks(heat: np.ndarray, least: float, limit: int = 20000) -> np.ndarray:
     """Voxels of a map [X, Y, Z] that no one of their 26 neighbours exceeds, int [n, 3], from the highest down.
 
-    Only values of `least` or more, and of those the `limit` highest. All voxels of a plateau are peaks.
+    Only values of `least` or more. All voxels of a plateau are peaks. Of more than `limit` peaks the highest: voxels on
+    the slopes of a large one take no place of a small one's.
     """
-    index = np.flatnonzero(heat >= least)
+    from scipy import ndimage
+
     flat = heat.ravel()
-    if len(index) > limit:
-        index = index[np.argpartition(-flat[index], limit)[:limit]]
-    x, y, z = np.unravel_index(index, heat.shape)
-    top = np.ones(len(index), bool)
-    for i, j, k in np.ndindex(3, 3, 3):
-        beside = [np.clip(v + d - 1, 0, n - 1) for v, d, n in zip((x, y, z), (i, j, k), heat.shape, strict=True)]
-        top &= heat[tuple(beside)] <= flat[index]
-    order = np.argsort(-flat[index[top]], kind="stable")
-    return np.stack(np.unravel_index(index[top][order], heat.shape), axis=-1)
+    index = np.flatnonzero(heat >= least)
+    if len(index):
+        index = index[flat[index] >= ndimage.maximum_filter(heat, 3, mode="nearest").ravel()[index]]
+    order = np.argsort(-flat[index], kind="stable")[:limit]
+    return np.stack(np.unravel_index(index[order], heat.shape), axis=-1)
 
 
 def affine_of(geometry: Any) -> np.ndarray:

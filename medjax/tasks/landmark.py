@@ -22,6 +22,7 @@ from medjax.tasks.common import Defaults, Found, Kind, check_names
 from medjax.tasks.findings import LABEL
 
 PRIOR = 0.01  # probability a heat map begins with
+_ROUNDS, _STILL = 10, 1e-3  # of the search for a centre, and the voxels it moves by when it is found
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Landmark(Defaults):
       mse: weight of the squared error beside the cross-entropy of the heat maps.
       score_from: least peak at which a landmark is reported; below it is missed.
       tolerance: mm within which a landmark counts as found.
-      penalty: error in mm of one that is missed, so that missing it never improves a mean.
+      penalty: error in mm of one that is missed, and the largest of one that is not: missing it never improves a mean.
     """
 
     name: str
@@ -128,7 +129,11 @@ class Landmark(Defaults):
         return jax.nn.sigmoid(outputs)
 
     def decode(self, outputs: np.ndarray, geometry: Any = None) -> list[Found]:
-        """Each landmark at the centroid of its map within 2 sigma of the peak, in world mm; its score is the peak."""
+        """Each landmark at the centre of its map, in world mm; its score is the peak.
+
+        The centre is the one that is the centroid of what is within 2 sigma of it, reached from the peak: the centroid
+        around the peak itself is drawn to the middle of a voxel.
+        """
         affine = findings.affine_of(geometry)
         reach = 2.0 * self.sigma / findings.spacing_of(affine)
         found = []
@@ -138,13 +143,7 @@ class Landmark(Defaults):
             score = float(heat[tuple(peak)])
             if score < self.score_from or not score > 0:
                 continue
-            low = np.maximum(np.ceil(peak - reach), 0).astype(int)
-            high = np.minimum(np.floor(peak + reach) + 1, heat.shape).astype(int)
-            grid = np.meshgrid(*(np.arange(a, b) for a, b in zip(low, high, strict=True)), indexing="ij")
-            part = heat[tuple(slice(a, b) for a, b in zip(low, high, strict=True))].astype(np.float64)
-            near = sum(((g - p) / r) ** 2 for g, p, r in zip(grid, peak, reach, strict=True)) <= 1.0
-            part = part * near
-            centre = np.array([(g * part).sum() for g in grid]) / part.sum()
+            centre = _centre(heat, peak, reach)
             x, y, z = (float(v) for v in findings.to_world(centre[None], affine)[0])
             found.append(Found(name, score, (x, y, z), (0.0, 0.0, 0.0), {}))
         return found
@@ -159,18 +158,19 @@ class Landmark(Defaults):
     def score(
         self, prediction: Sequence[Found], reference: np.ndarray, spacing: Sequence[float]
     ) -> list[dict[str, Any]]:
-        """A row a landmark that the case has: its error in mm (`penalty` where it is missed), whether it is found."""
+        """A row a landmark that the case has: its error in mm, at most `penalty`, which a missed one has; whether it is
+        found."""
         found = {one.label: one for one in prediction}
         rows = []
         for row in reference:
             name = self.names[int(row[LABEL]) - 1]
             one = found.get(name)
-            error = self.penalty if one is None else float(np.linalg.norm(np.subtract(one.center, row[:3])))
+            distance = math.inf if one is None else float(np.linalg.norm(np.subtract(one.center, row[:3])))
             rows.append(
                 {
                     "class": name,
-                    "error_mm": error,
-                    "found": float(error <= self.tolerance),
+                    "error_mm": min(self.penalty, distance),
+                    "found": float(distance <= self.tolerance),
                     "score": math.nan if one is None else one.score,
                     "missed": int(one is None),
                 }
@@ -185,3 +185,21 @@ class Landmark(Defaults):
         """1 / (1 + mean error / tolerance)."""
         error = summary["error_mm"]["mean"]
         return 0.0 if error is None else 1.0 / (1.0 + error / self.tolerance)
+
+
+def _centre(heat: np.ndarray, start: np.ndarray, reach: np.ndarray) -> np.ndarray:
+    """The place, float64 [3] in voxels, that is the centroid of a map [X, Y, Z] in the ellipsoid of half axes `reach`
+    around it, by repetition from `start`."""
+    centre = start.astype(np.float64)
+    for _ in range(_ROUNDS):
+        low = np.maximum(np.ceil(centre - reach), 0).astype(int)
+        high = np.minimum(np.floor(centre + reach) + 1, heat.shape).astype(int)
+        grid = np.meshgrid(*(np.arange(a, b) for a, b in zip(low, high, strict=True)), indexing="ij")
+        part = heat[tuple(slice(a, b) for a, b in zip(low, high, strict=True))].astype(np.float64)
+        part = part * (sum(((g - c) / r) ** 2 for g, c, r in zip(grid, centre, reach, strict=True)) <= 1.0)
+        if not (total := part.sum()) > 0:
+            break  # an ellipsoid less than a voxel across may lie between the voxels
+        last, centre = centre, np.array([(g * part).sum() for g in grid]) / total
+        if np.abs(centre - last).max() < _STILL:
+            break
+    return centre
