@@ -71,7 +71,8 @@ def test_ellipsoids_have_their_volume_and_place(image):
     sizes = np.bincount(mask.ravel()) * 0.5**3
     assert sizes[2] == pytest.approx(np.pi / 6 * 6**3, rel=0.1)
     assert sizes[1] + sizes[2] == pytest.approx(np.pi / 6 * 12 * 16 * 14, rel=0.01)
-    assert sizes[3] == 0.5**3  # a point is one voxel
+    assert sizes[3] == pytest.approx(np.pi / 6 * 2.0**3, rel=0.2)  # a point is a ball of four voxels across
+    assert prepared.values["n"][2, 3:6].tolist() == [0, 0, 0]
     for number, nodule in enumerate(nodules, 1):
         middle = nib.affines.apply_affine(prepared.geometry.affine, np.argwhere(mask == number)).mean(0)
         np.testing.assert_allclose(middle, nodule.center, atol=0.3)
@@ -95,6 +96,29 @@ def test_none_vanishes():
 def test_two_points_in_one_voxel_are_told(capsys):
     instances(np.float32([[1, 1, 1, 0, 0, 0, 1]] * 2), np.eye(4), (3, 3, 3), "twins")
     assert "case twins: 1 of 2 findings have no voxel" in capsys.readouterr().err
+
+
+def test_points_that_are_near_each_other_are_told_apart(capsys):
+    """A voxel in both balls is of the nearer point; in one voxel, too."""
+    points = np.float32(
+        [[6, 6, 6, 0, 0, 0, 1], [6.4, 6, 6, 0, 0, 0, 2], [6, 8.5, 6, 0, 0, 0, 3], [0, 12, 0, 0, 0, 0, 4]]
+    )
+    mask = instances(points, np.diag([1.0, 1.0, 3.0, 1.0]), (13, 13, 13), "near")
+    assert "near" not in capsys.readouterr().err
+    place = np.argwhere(mask)
+    distance = np.linalg.norm(place[:, None] - points[:, :3], axis=-1)
+    np.testing.assert_array_equal(mask[mask > 0], distance.argmin(axis=1) + 1)
+    assert (mask > 0).sum() == (
+        np.linalg.norm(np.argwhere(mask >= 0)[:, None] - points[:, :3], axis=-1).min(1) <= 2
+    ).sum()
+    assert np.bincount(mask.ravel())[1:].min() >= 5
+
+
+def test_a_point_lies_over_a_lesion_and_under_a_smaller_one():
+    rows = np.float32([[6, 6, 6, 0, 0, 0, 1], [6, 6, 6, 10, 10, 10, 2], [7, 6, 6, 2, 2, 2, 3]])
+    sizes = np.bincount(instances(rows, np.eye(4), (13, 13, 13), "a").ravel())
+    assert (sizes[1], sizes[3]) == (33 - 7, 7)
+    assert sizes[1:].sum() == (sum((g - 6) ** 2 for g in np.ogrid[:13, :13, :13]) <= 25).sum()
 
 
 def test_a_finding_in_the_cropped_away_background(tmp_path, capsys):

@@ -11,11 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy.spatial.transform import Rotation
 
+from medjax.data.targets import instances
 from medjax.errors import UserError
+from medjax.ops import warp
 from medjax.tasks import Known, findings
 from medjax.tasks.common import Found
 from medjax.tasks.detection import Detection
+from medjax.tasks.findings import LABEL
 from medjax.tasks.landmark import Landmark
 
 S = (24, 20, 16)
@@ -354,6 +358,29 @@ def test_a_map_narrower_than_a_voxel_has_its_centre():
     (one,) = Landmark("t", ("a",), sigma=0.45).decode(heat)
     assert np.isfinite(one.center).all()
     assert np.abs(np.array(one.center) - 5.5).max() <= 0.5
+
+
+@pytest.mark.parametrize("labels", ["nearest", "linear"])
+def test_a_landmark_survives_augmentation(labels):
+    """Points of a case are in the patch however it is turned and stretched, and where they were moved to."""
+    rng, n = np.random.default_rng(0), 64
+    shape, middle = (24, 20, 16), np.array([11.5, 9.5, 7.5])
+    rows = np.zeros((1, 7), np.float32)
+    rows[0, :3], rows[0, LABEL] = (13.3, 8.6, 9.1), 1
+    mask = instances(rows, np.diag([*SPACING, 1.0]), shape, "a")
+    turn = Rotation.from_euler("xyz", rng.uniform(-0.5, 0.5, (n, 3))).as_matrix() * rng.uniform(0.7, 1.4, (n, 1, 1))
+    shift = rng.uniform(-1, 1, (n, 3))
+    pose = warp.Pose(jnp.ones(n, bool), jnp.asarray(turn, jnp.float32), jnp.asarray(shift, jnp.float32))
+    batch = {"t/target": jnp.broadcast_to(mask, (n, *shape)), "t/table": jnp.broadcast_to(rows, (n, 1, 7))}
+
+    @jax.jit
+    def moved(batch):
+        return POINTS.prepare(jax.random.key(0), {**batch, "t/target": warp.warp_mask(batch["t/target"], pose, labels)})
+
+    found = moved(batch)
+    assert found["t/state"].tolist() == [[1, -1, -1]] * n
+    wanted = np.linalg.solve(turn, (rows[0, :3] - middle - shift)[..., None])[..., 0] + middle
+    assert np.linalg.norm(found["t/centre"][:, 0] - wanted, axis=1).mean() < 0.35
 
 
 def test_a_missed_landmark_never_improves_the_mean():

@@ -21,6 +21,7 @@ FIXED_COLUMNS = 7
 _EDGE = 1e-3  # voxels: how far beyond the volume's border rounding may put a centre
 _LARGEST = float(np.finfo(np.float32).max)
 _MAX_FINDINGS = np.iinfo(np.uint16).max
+_POINT = 2.0  # voxels: radius of the ball that stands for a point; of one voxel augmentation loses every fifth
 
 
 def kind_of(value: Any) -> str:
@@ -173,46 +174,66 @@ def instances(rows: np.ndarray, affine: np.ndarray, shape: Sequence[int], name: 
 
     Returns:
       [*shape] uint16: 0 background, i the i-th finding (from 1): the ellipsoid inscribed in its box, and at least the
-      voxel that holds its centre. Smaller ones lie over larger ones.
+      voxel that holds its centre. Smaller ones lie over larger ones. A point (no size along some axis) is a ball of
+      radius 2 voxels; a voxel in the balls of several is of the nearest.
     """
     if len(rows) > _MAX_FINDINGS:
         raise UserError(f"case {name}: {len(rows)} findings; at most {_MAX_FINDINGS} can be numbered. Leave some out.")
     out = np.zeros(tuple(shape), np.uint16)
     matrix = np.asarray(affine, np.float64)[:3, :3]
     reach = np.abs(np.linalg.inv(matrix))
-    volumes: np.ndarray = np.prod(np.maximum(rows[:, 3:6], 1e-3), axis=1, dtype=np.float64)
+    points: np.ndarray = np.asarray((rows[:, 3:6] <= 0).any(axis=1))
+    volumes = np.prod(rows[:, 3:6], axis=1, dtype=np.float64)
+    volumes[points] = (2 * _POINT) ** 3 * abs(np.linalg.det(matrix))  # as it is drawn
     high_edge = np.asarray(out.shape) - 0.5 + _EDGE
     within: list[bool] = [bool(((c >= -0.5 - _EDGE) & (c <= high_edge)).all()) for c in rows[:, :3]]
     centers = np.clip(np.rint(rows[:, :3]).astype(np.intp), 0, np.asarray(out.shape) - 1)
     for i in np.argsort(-volumes, kind="stable"):
         center, half = rows[i, :3].astype(np.float64), rows[i, 3:6].astype(np.float64) / 2
-        span = reach @ half
+        span = np.full(3, _POINT) if points[i] else reach @ half
         low = np.maximum(np.ceil(center - span), 0).astype(int)
         high = np.minimum(np.floor(center + span) + 1, out.shape).astype(int)
-        if (half > 0).all() and (low < high).all():
+        if (within[i] or not points[i]) and (low < high).all():
             box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
             steps = np.meshgrid(
                 *(np.arange(a, b) - c for a, b, c in zip(low, high, center, strict=True)), indexing="ij"
             )
-            offsets = np.einsum("wv,v...->w...", matrix, np.stack(steps))
-            distance = ((offsets / half[:, None, None, None]) ** 2).sum(axis=0)
-            out[box][distance <= 1] = i + 1
-        if within[i]:
+            if points[i]:
+                distance = (np.stack(steps) ** 2).sum(axis=0)
+                out[box][(distance <= _POINT**2) & (distance < _to_points(out[box], low, rows, points))] = i + 1
+            else:
+                offsets = np.einsum("wv,v...->w...", matrix, np.stack(steps))
+                distance = ((offsets / half[:, None, None, None]) ** 2).sum(axis=0)
+                out[box][distance <= 1] = i + 1
+        if within[i] and not points[i]:
             out[tuple(centers[i])] = i + 1
     # A voxel of their own for those that later, equally small ones hid.
     shown = np.bincount(out.ravel(), minlength=len(rows) + 1)
     for i in np.flatnonzero(shown[1:] == 0):
         place = tuple(centers[i])
-        if within[i] and shown[owner := int(out[place])] > 1:
+        owner = int(out[place])
+        twins = points[i] and owner and points[owner - 1] and (rows[i, :3] == rows[owner - 1, :3]).all()
+        if within[i] and shown[owner] > 1 and not twins:
             shown[owner] -= 1
             shown[i + 1] = 1
             out[place] = i + 1
     if hidden := int((shown[1:] == 0).sum()):
         warn_once(
             f"case {name}: {hidden} of {len(rows)} findings have no voxel on the prepared grid (cropped away, or "
-            "two in one voxel)"
+            "two in one place)"
         )
     return out
+
+
+def _to_points(part: np.ndarray, low: np.ndarray, rows: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Squared distances, in voxels, from the voxels of an instance mask's part to the point that each is of; elsewhere
+    infinite. low: of the part's first voxel."""
+    found = np.full(part.shape, np.inf)
+    for owner in np.unique(part):
+        if owner and points[owner - 1]:
+            place = np.argwhere(part == owner)
+            found[tuple(place.T)] = ((place + low - rows[owner - 1, :3].astype(np.float64)) ** 2).sum(axis=1)
+    return found
 
 
 def encode(
