@@ -521,6 +521,37 @@ def test_what_the_reference_ignores_is_measured_in_neither(tmp_path: Path, monke
     assert gauge.table()["c0"]["v"] == 16**3 / 1000
 
 
+SLICES = {"v": "volume(lesion)", "largest": "max(area(lesion))"}
+
+
+def test_a_case_without_slices_ends_no_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("medjax.errors._said", set())
+    run, case = half_ignored(tmp_path, monkeypatch, (1.0, 1.0, 1.2))
+    config = config_lib.defaults()
+    config.measures.formulas = SLICES
+    bound = measures.build(config.measures, config.data, run.tasks)
+    found = evaluate.evaluate_split(run, "val", [case], tmp_path / "val", measures.Gauge(bound, [case]))
+    assert (found["measures"]["v"]["n"], found["measures"]["largest"]["n"]) == (1, 0)
+    note = capsys.readouterr().err
+    assert note.count("no axis is clearly the one across the slices") == 1
+    assert "area: case c0: " in note
+
+
+def test_a_case_without_slices_is_told_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, case = half_ignored(tmp_path, monkeypatch, (1.0, 1.0, 1.2))
+    config = config_lib.defaults()
+    config.measures.formulas = SLICES
+    for split in ("train", "test"):
+        with pytest.raises(UserError, match="area: case c0: voxels of 1 x 1 x 1.2 mm: no axis.*leave the case out"):
+            measures.check(config.measures, config.data, run.tasks, {split: [case]})
+    with pytest.raises(UserError, match="case c0"):
+        measures.check(config.measures, config.data, run.tasks, {"test": [replace(case, targets={})]})
+    config.measures.formulas = {"v": "volume(lesion)"}
+    measures.check(config.measures, config.data, run.tasks, {"train": [case]})
+
+
 def test_a_run_keeps_its_rule_and_learns_one_for_other_measures(run: Path, tmp_path: Path) -> None:
     config = load(run.parent / "heart.py")
     cohort = dataset.open_cohort(config.data, config.tasks)

@@ -23,8 +23,8 @@ from medjax.data import dataset, nifti
 from medjax.errors import UserError, warn_once, write_atomic
 from medjax.logging import say
 from medjax.measures import diagnosis, frames
-from medjax.measures.formulas import Formulas, Value, measure
-from medjax.metrics import regression, stats
+from medjax.measures.formulas import SLICED, Call, Formulas, Value, measure
+from medjax.metrics import regression, stats, walls
 from medjax.predict import write_table
 
 FILE = "measures.json"
@@ -78,7 +78,25 @@ class Measures:
     def of_case(self, case: cohorts.Case, frame: str) -> dict[Any, Value]:
         """What is measured of a case's reference mask, on the file's own grid."""
         mask = nifti.read_label(str(case.targets[self.task.name]))
+        self.check_slices(case.id, frame, mask.spacing)
         return measure(self.formulas.calls, frame, self.masks(mask.data, mask.data), mask.spacing)
+
+    @property
+    def sliced(self) -> tuple[Call, ...]:
+        """What formulas measure slice by slice."""
+        return tuple(call for call in self.formulas.calls if call.function in SLICED)
+
+    def check_slices(self, case: str, frame: str, spacing: Sequence[float]) -> None:
+        """Raises UserError where a formula measures the frame slice by slice and the voxels have no slices."""
+        if not (wanted := {c.function: None for c in self.sliced if c.frame == frame}):
+            return
+        try:
+            walls.slice_axis(spacing)
+        except UserError as error:
+            raise UserError(
+                f"config: measures.formulas: {', '.join(wanted)}: case {case}: {error}, or leave the case out "
+                "(data.exclude)"
+            ) from None
 
     def attributes(self, case: cohorts.Case) -> dict[Any, float]:
         """The numbers that formulas take from the columns of a patient; what is absent is noted and left out."""
@@ -149,13 +167,20 @@ def build(config: Mapping[str, Any], data: Mapping[str, Any], tasks: Mapping[str
 
 
 def check(config: Mapping[str, Any], data: Mapping[str, Any], tasks: Mapping[str, Any], splits: cohorts.Splits) -> None:
-    """Raises before training what would end the evaluation after it: formulas, frames, columns."""
+    """Raises before training what would spoil the evaluation after it: formulas, frames, columns, slices.
+
+    Of the images only headers are read, and those only where something is measured slice by slice.
+    """
     if not (measures := build(config, data, tasks)):
         return
     for name, cases in splits.items():
         for patient, of in frames.patients_of(cases, measures.frames).items():
             if measures.column and name == "train":
                 _class(patient, of, measures.column)
+            for frame, case in of.items() if measures.sliced else ():
+                file = case.targets.get(measures.task.name) or next(iter(case.images.values()))
+                affine = nifti.read_grid(str(file))[1]
+                measures.check_slices(case.id, frame, np.linalg.norm(affine[:3, :3], axis=0).tolist())
     known = dict.fromkeys(column for cases in splits.values() for case in cases for column in case.attributes)
     for call in measures.formulas.calls:
         if call.function == "attribute" and call.names[0] not in known:
@@ -217,7 +242,13 @@ class Gauge:
             return
         patient, frame = self._frame[case]
         of = self._found[kind].setdefault(patient, m.attributes(self._patients[patient][frame]))
-        of |= measure(m.formulas.calls, frame, m.masks(mask, like), spacing)
+        calls = m.formulas.calls
+        try:
+            m.check_slices(case, frame, spacing)
+        except UserError as error:
+            warn_once(f"{error}. What needs its slices is undefined")
+            calls = tuple(call for call in calls if call not in m.sliced)
+        of |= measure(calls, frame, m.masks(mask, like), spacing)
         self._seen.add((kind, case))
 
     def gather(self, split: str) -> None:

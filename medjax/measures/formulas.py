@@ -45,6 +45,8 @@ class Call(NamedTuple):
 
 
 _MASKS = {"volume": 1, "area": 1, "enclosed": 2, "thickness": 2, "radius": 2}  # function -> labels it takes
+SLICED = ("area", "enclosed", "thickness", "radius")
+"""What is measured slice by slice: it needs voxels that are clearly longest along one axis (`walls.slice_axis`)."""
 _ENCLOSED = 0.25  # share of rays; what lies in a slice without a wall is not of the chamber
 _OPERATORS: dict[type, Callable[[Value, Value], Value]] = {
     ast.Add: operator.add,
