@@ -24,7 +24,7 @@ from medjax.errors import UserError
 # Nodes whose keys are the user's own: the names of tasks, of modalities, of labels.
 OPEN = re.compile(
     r"tasks|tasks\.[^.]+\.regions"
-    r"|measures\.(frames|formulas)|eval\.confirm(\.[^.]+)?"
+    r"|measures\.(frames|formulas)|eval\.(confirm|tasks)(\.[^.]+)?"
     r"|data\.(images|targets|labels|classes|options|preprocess\.normalize|sampling\.classes)"
 )
 
@@ -184,6 +184,8 @@ def defaults() -> ConfigDict:
     c.eval.windows = 1  # windows a network call
     # Masks that keep only what findings confirm: {'outline': {'by': 'nodules', 'score': 0.3}}; docs/tasks.md
     c.eval.confirm = ConfigDict()
+    # How a trained task's answers are read: {'grade': {'temperature': 1.7}}; docs/tasks.md
+    c.eval.tasks = ConfigDict()
     c.eval.predictions = True  # write NIfTI on each input's own grid
     c.eval.pictures = True
 

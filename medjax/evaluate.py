@@ -188,12 +188,19 @@ def evaluate_split(
     for name, task in judged.items():
         if rows[name]:
             metrics |= {f"{name}/{k}" if several else k: v for k, v in task.summarize(rows[name]).items()}
+    # A temperature is chosen on validation cases; how it does on others, their own ECE says.
+    fitted = {
+        name: task.calibration(rows[name])
+        for name, task in run.tasks.items()
+        if split == "val" and rows[name] and hasattr(task, "calibration")
+    }
     every = [{"case": r["case"], "group": r["group"], "task": name, **r} for name, v in rows.items() for r in v]
     summary = {
         "split": split,
         "n_cases": len({row["case"] for row in every}),
         "metrics": metrics,
         **measured,
+        **({"calibration": fitted} if fitted else {}),
         "checkpoint": {"step": run.step, "kind": run.kind},
         "command": shlex.join(["python", "-m", "medjax.main", *sys.argv[1:]]),
         "versions": report.versions(),
@@ -294,6 +301,12 @@ def say_summary(summary: Mapping[str, Any], folder: Path) -> None:
                 value = metrics[metric] if name == "mean" else metrics[metric]["per_class"].get(name)
                 cells.append(f"{_with_interval(value):24}")
             say(f"  {name:{width}}  {''.join(cells)}".rstrip())
+    for name, found in summary.get("calibration", {}).items():
+        best = f"{found['temperature']:.4g}"
+        say(
+            f"  {name}: temperature {best} fits these {found['n']} cases best: ECE {found['ece']:.3f} -> "
+            f"{found['ece_calibrated']:.3f} (eval.tasks={{'{name}': {{'temperature': {best}}}}})"
+        )
     measures.say_summary(summary, folder)
 
 

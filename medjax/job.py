@@ -55,6 +55,7 @@ def open_job(config: ConfigDict) -> Job:
         task.check(config.data.patch)
     measures.check(config.measures, config.data, job, splits)
     confirm.rules(config.eval.confirm, job)
+    tasks.build(tasks.read_as(config.tasks, config.eval.tasks), cohort.labels)
     total = steps_of(config, "train.total", len(splits["train"]))
     # Before cases are prepared: a warm-up longer than the run.
     optim.schedule(config.optim, total, steps_of(config, "optim.warmup", len(splits["train"])))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
 import io
 import os
@@ -142,7 +143,7 @@ class Run:
                 self.config.eval[key] = value
         self.plan = preprocess.Plan.from_json(meta["plan"])
         self.labels = meta["labels"]
-        built = tasks.build(self.config.tasks, self.labels)
+        built = tasks.build(tasks.read_as(self.config.tasks, self.config.eval.get("tasks", {})), self.labels)
         self.model = build_model(self.config, built)
         self.pretext = tasks.self_supervised(built)
         self.tasks = {name: task for name, task in built.items() if name not in self.pretext}
@@ -278,7 +279,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--overlap", type=float, help="of the sliding windows (default: the run's eval.overlap)")
     p.add_argument("--table", type=Path, help="columns of the patients (height, frames...), for a run with measures")
     p.add_argument("--mirror", type=int, nargs="*", metavar="AXIS", help="axes to average over (0 1 2)")
+    p.add_argument("--tasks", metavar="TABLE", help="eval.tasks, such as \"{'grade': {'temperature': 1.7}}\"")
     return p
+
+
+def _table(text: str) -> dict[str, Any]:
+    try:
+        table = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        table = None
+    if not isinstance(table, dict):
+        raise UserError(f"--tasks={text}: needs a table such as {{'grade': {{'temperature': 1.7}}}}")
+    return table
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -291,7 +303,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from medjax.data import cohort as cohorts
     from medjax.logging import Progress, say
 
-    given = {"overlap": args.overlap, "mirror": None if args.mirror is None else tuple(args.mirror)}
+    given: dict[str, Any] = {"overlap": args.overlap, "mirror": None if args.mirror is None else tuple(args.mirror)}
+    if args.tasks is not None:
+        given["tasks"] = _table(args.tasks)
     run = Run(args.run, kind=args.checkpoint, eval_options={k: v for k, v in given.items() if v is not None})
     if not run.tasks:
         raise UserError(

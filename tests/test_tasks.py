@@ -391,6 +391,74 @@ def test_classes_of_a_cohort_and_calibration():
     assert many.called({"x": 0.2, "y": 0.1}) == ()
 
 
+def test_the_temperature_of_ordered_classes_is_that_of_their_thresholds():
+    """Of a network three times too sure, whose classes are far from evenly filled."""
+    rng = np.random.default_rng(0)
+    task = Classification("t", ("I", "II", "III", "IV"), "ordinal")
+    logits = rng.normal(0, 2.0, (1500, 1)) + np.array([2.5, -0.5, -1.0])
+    right = np.asarray(task.probabilities(jnp.asarray(logits)))
+    truths = (rng.random((1500, 1)) > right.cumsum(1)[:, :3]).sum(1)
+    sure = np.asarray(task.probabilities(jnp.asarray(3.0 * logits)))
+    rows = [{**row, "case": i // 4} for i, row in enumerate(scored(task, sure, truths))]
+    assert task.calibrate(rows) == pytest.approx(3, rel=0.1)
+    assert dataclasses.replace(task, temperature=2.0).calibrate(rows) == pytest.approx(6, rel=0.1)  # on top of its own
+    found = task.calibration(rows)
+    cool = dataclasses.replace(task, temperature=found["temperature"])
+    read = scored(cool, np.asarray(cool.probabilities(jnp.asarray(3.0 * logits))), truths)
+    assert found["n"] == 1500
+    assert found["ece"] == task.summarize(rows, resamples=0)["ece"]["mean"]
+    assert found["ece_calibrated"] == pytest.approx(cool.summarize(read, resamples=0)["ece"]["mean"], abs=2e-3)
+    assert found["ece_calibrated"] < 0.04 < 0.15 < found["ece"]
+
+
+@pytest.mark.parametrize("problem", ["binary", "multiclass", "multilabel"])
+def test_calibration_says_what_the_temperature_will_do(problem):
+    rng = np.random.default_rng(1)
+    names = ("a", "b") if problem == "binary" else ("a", "b", "c")
+    task = Classification("t", names, problem)
+    logits = rng.normal(0, 1.5, (900, task.outputs))
+    right = np.asarray(task.probabilities(jnp.asarray(logits)))
+    draws = rng.random((900, len(names) if problem == "multilabel" else 1))
+    truths = draws < right if problem == "multilabel" else (draws > right.cumsum(1)[:, :-1]).sum(1)
+    sure = np.asarray(task.probabilities(jnp.asarray(2.5 * logits)))
+    rows = [{**row, "case": i} for i, row in enumerate(scored(task, sure, truths))]
+    found = task.calibration(rows)
+    assert found["temperature"] == pytest.approx(2.5, rel=0.15)
+    cool = dataclasses.replace(task, temperature=found["temperature"])
+    read = scored(cool, np.asarray(cool.probabilities(jnp.asarray(2.5 * logits))), truths)
+    assert found["ece_calibrated"] == pytest.approx(cool.summarize(read, resamples=0)["ece"]["mean"], abs=2e-3)
+    assert found["ece_calibrated"] < found["ece"] / 2
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"grad": {"temperature": 2.0}}, ["eval.tasks.grad", "no task 'grad'", "grade"]),
+        ({"grade": 2.0}, ["eval.tasks.grade", "a table"]),
+        ({"grade": {"names": ("a", "b")}}, ["eval.tasks.grade.names", "temperature, threshold, specificity"]),
+        ({"grade": {"temperature": "hot"}}, ["eval.tasks.grade.temperature='hot'", "1.0"]),
+        ({"grade": {"temperature": True}}, ["eval.tasks.grade.temperature=True"]),
+        ({"age": {"unit": "d"}}, ["eval.tasks.age.unit", "it has none"]),
+        ({"labels": {"ignore": 3}}, ["eval.tasks.labels.ignore", "nsd_tolerance"]),
+    ],
+)
+def test_only_how_answers_are_read_may_change(table, words):
+    with pytest.raises(UserError) as caught:
+        tasks.read_as(CONFIG, table)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_every_reading_option_is_one_of_its_task():
+    for kind, keys in tasks.READING.items():
+        assert set(keys) <= set(tasks.options(kind))
+    read = tasks.read_as(CONFIG, {"grade": {"temperature": 2}, "nodules": {"rates": [1.0], "limit": 3}})
+    built = tasks.build(read, LABELS)
+    assert (built["grade"].temperature, built["nodules"].limit, built["nodules"].rates) == (2, 3, [1.0])
+    assert "temperature" not in CONFIG["grade"]
+    with pytest.raises(UserError, match="above 0"):
+        tasks.build(tasks.read_as(CONFIG, {"grade": {"temperature": 0}}), LABELS)
+
+
 def test_classification_learns_class_weights_and_refuses():
     task = Classification("t", ("a", "b", "c"), balance="inverse")
     assert task.fit(known(0, 0, 1, 2)) == {"class_weights": pytest.approx((2 / 3, 4 / 3, 4 / 3))}

@@ -46,6 +46,15 @@ TASKS = {
 }
 
 
+# type in a config -> options that say how answers are read and scored, which `config.eval.tasks` may change
+READING = {
+    "segmentation": ("nsd_tolerance", "convention", "centreline", "lesions"),
+    "classification": ("temperature", "threshold", "specificity"),
+    "detection": ("score_from", "limit", "iou", "rule", "match_iou", "rates"),
+    "landmark": ("score_from", "tolerance", "penalty"),
+}
+
+
 class Known(NamedTuple):
     """The target of one training case, as prepared.
 
@@ -217,6 +226,37 @@ def build(config: Mapping[str, Any], labels: Mapping[str, int]) -> dict[str, Any
         if not 0 <= built[name].weight < float("inf"):
             raise UserError(f"config: tasks.{name}.weight={built[name].weight}: needs a number from 0 on")
     return built
+
+
+def read_as(config: Mapping[str, Any], reading: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """`config.tasks` with the options of `config.eval.tasks`, which say how a trained network's answers are read.
+
+    Args:
+      config: `config.tasks`. reading: task -> options, of `READING` alone.
+
+    Raises:
+      UserError: a task that there is not, an option that training depends on or nobody knows, a value of another type.
+    """
+    merged = {name: dict(c.items()) for name, c in config.items()}
+    for name, given in reading.items():
+        where = f"config: eval.tasks.{name}"
+        if name not in merged:
+            raise UserError(f"{where}: no task '{name}'; there are: {', '.join(merged)}")
+        if not hasattr(given, "items"):
+            raise UserError(f"{where} must be a table of options such as {{'temperature': 1.7}}, not {given!r}")
+        kind = merged[name]["type"]
+        for key, value in given.items():
+            if key not in READING.get(kind, ()):
+                raise UserError(
+                    f"{where}.{key}: not one of the options by which the answers of a trained '{kind}' are read: "
+                    f"{', '.join(READING.get(kind, ())) or 'it has none'}"
+                )
+            default = options(kind)[key]
+            right = int | float if isinstance(default, float) else tuple | list if key == "rates" else type(default)
+            if not isinstance(value, right) or (isinstance(value, bool) and not isinstance(default, bool)):
+                raise UserError(f"{where}.{key}={value!r} must be of the type of its default, {default!r}")
+            merged[name][key] = value
+    return merged
 
 
 def fit(config: Mapping[str, Any], built: Mapping[str, Any], known: Mapping[str, Sequence[Known]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -291,18 +292,54 @@ class Classification(Defaults):
         return cases
 
     def calibrate(self, rows: Sequence[Mapping[str, Any]]) -> float:
-        """The temperature that fits these (validation) rows best; write it into the task's `temperature`.
+        """The temperature that fits these (validation) rows best: the task's `temperature`, for later predictions.
 
-        For ordinal classes it is that of the classes' probabilities, near enough to that of the thresholds.
+        Logits are divided by it where the network gives them. Those of ordinal classes are thresholds': whether the
+        class is beyond the k-th, each a question of its own.
         """
+        logits = self._logits(rows)
+        if self.problem in ("binary", "multilabel"):
+            return self.temperature * metrics.fit_temperature(logits, [row["reference"] for row in rows])
+        truths = np.array([case["truth"] for case in self._cases(rows)], int)
+        if self.problem == "ordinal":
+            beyond = truths[:, None] > np.arange(len(self.names) - 1)
+            return self.temperature * metrics.fit_temperature(logits.ravel(), beyond.ravel())
+        return self.temperature * metrics.fit_temperature(logits, truths)
+
+    def calibration(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What `calibrate` finds in these rows, and the calibration error with and without it.
+
+        Returns:
+          'temperature'; 'ece' as predicted (of several answers the mean) and 'ece_calibrated' at that temperature, on
+          the cases it was fitted to; 'n' of them.
+        """
+        temperature = self.calibrate(rows)
+        errors = [self.summarize(r, resamples=0)["ece"]["mean"] for r in (rows, self._tempered(rows, temperature))]
+        n = len({row["case"] for row in rows})
+        return {"temperature": temperature, "ece": errors[0], "ece_calibrated": errors[1], "n": n}
+
+    def _logits(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """What probabilities were made from, up to a shift: of rows [N], classes [N, K] or thresholds [N, K - 1]."""
         least = 1e-7
         if self.problem in ("binary", "multilabel"):
             p = np.clip([row["probability"] for row in rows], least, 1 - least)
-            return self.temperature * metrics.fit_temperature(np.log(p / (1 - p)), [row["reference"] for row in rows])
-        cases = self._cases(rows)
-        p = np.array([[case[f"p{i}"] for i in range(len(self.names))] for case in cases])
-        logits = np.log(np.clip(p, least, 1.0))
-        return self.temperature * metrics.fit_temperature(logits, [case["truth"] for case in cases])
+            return np.log(p / (1 - p))
+        p = np.array([[case[f"p{i}"] for i in range(len(self.names))] for case in self._cases(rows)])
+        if self.problem == "multiclass":
+            return np.log(np.clip(p, least, 1.0))
+        below, above = p.cumsum(axis=1)[:, :-1], p[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
+        return np.log(np.clip(above, least, 1.0)) - np.log(np.clip(below, least, 1.0))
+
+    def _tempered(self, rows: Sequence[Mapping[str, Any]], temperature: float) -> list[dict[str, Any]]:
+        """The rows with the probabilities of another temperature."""
+        task = dataclasses.replace(self, temperature=temperature / self.temperature)
+        logits = self._logits(rows)
+        if self.problem in ("binary", "multilabel"):
+            p = np.asarray(task.probabilities(jnp.asarray(logits[:, None])))[:, -1]
+            return [{**row, "probability": float(v)} for row, v in zip(rows, p, strict=True)]
+        p = np.asarray(task.probabilities(jnp.asarray(logits)))
+        columns = {name: iter(p[:, i].tolist()) for i, name in enumerate(self.names)}
+        return [{**row, "probability": next(columns[row["class"]])} for row in rows]
 
     def selection(self, summary: Mapping[str, Any]) -> float:
         """AUROC; of ordered classes the accuracy."""
