@@ -94,6 +94,7 @@ def test_peaks():
     found = findings.peaks(heat, 0.5)
     assert {tuple(v) for v in found} == expected
     assert (np.diff(heat[tuple(found.T)]) <= 0).all()
+    np.testing.assert_array_equal(findings.peaks(heat, 0.5, limit=200), found[:200])  # more voxels than that
     assert len(findings.peaks(heat, 2.0)) == 0
     assert len(findings.peaks(np.ones((4, 4, 4)), 0.5)) == 64
     assert len(findings.peaks(np.ones((4, 4, 4)), 0.5, limit=10)) == 10

@@ -123,12 +123,19 @@ def peaks(heat: np.ndarray, least: float, limit: int = 20000) -> np.ndarray:
     Only values of `least` or more. All voxels of a plateau are peaks. Of more than `limit` peaks the highest: voxels on
     the slopes of a large one take no place of a small one's.
     """
-    from scipy import ndimage
-
     flat = heat.ravel()
     index = np.flatnonzero(heat >= least)
-    if len(index):
+    if len(index) > limit:  # of many voxels a filter of the whole map is cheaper than a look around each
+        from scipy import ndimage
+
         index = index[flat[index] >= ndimage.maximum_filter(heat, 3, mode="nearest").ravel()[index]]
+    else:
+        x, y, z = np.unravel_index(index, heat.shape)
+        top = np.ones(len(index), bool)
+        for i, j, k in np.ndindex(3, 3, 3):
+            beside = [np.clip(v + d - 1, 0, n - 1) for v, d, n in zip((x, y, z), (i, j, k), heat.shape, strict=True)]
+            top &= heat[tuple(beside)] <= flat[index]
+        index = index[top]
     order = np.argsort(-flat[index], kind="stable")[:limit]
     return np.stack(np.unravel_index(index[order], heat.shape), axis=-1)
 
