@@ -3,8 +3,7 @@
     python -m benchmarks.backbones [--size=64] [--cases=unet,resenc] [--repetitions=5] [--count-only]
 
 One image of one channel and `size`³ voxels, float32. GFLOP counts convolutions and matrix products of a forward pass
-(`medjax.report.flops`); the step is a forward pass and the gradient of the mean square of the finest level by every
-parameter. Each case is a process of its own; medians of the repetitions. One JSON line a case.
+(`medjax.report.flops`); the step is a forward pass and the gradient of the levels' mean squares by every parameter. Each case is a process of its own; medians of the repetitions. One JSON line a case.
 """
 
 from __future__ import annotations
@@ -64,7 +63,8 @@ def measure(case: str, size: int, repetitions: int) -> dict[str, Any]:
         return row
 
     def loss(variables: Any, x: Any) -> Any:
-        return jnp.square(net.apply(variables, x)[0]).mean()
+        # Every level counts: of an encoder alone the finest hangs on the stem, and the rest would be compiled away.
+        return sum(jnp.square(level).mean() for level in net.apply(variables, x))
 
     image = jax.random.normal(jax.random.key(1), x.shape)
     variables = jax.jit(lambda x: net.init(jax.random.key(0), x))(image)
