@@ -3,7 +3,8 @@
     python -m benchmarks.backbones [--size=64] [--cases=unet,resenc] [--repetitions=5] [--count-only]
 
 One image of one channel and `size`³ voxels, float32. GFLOP counts convolutions and matrix products of a forward pass
-(`medjax.report.flops`); the step is a forward pass and the gradient of the levels' mean squares by every parameter. Each case is a process of its own; medians of the repetitions. One JSON line a case.
+(`medjax.report.flops`); the step is a forward pass and the gradient of the levels' mean squares by every parameter.
+Each case is a process of its own; medians of the repetitions. One JSON line a case.
 """
 
 from __future__ import annotations
