@@ -24,6 +24,7 @@ from medjax.models.sparse import Sparse, hide, spread
 from medjax.models.swin import Swin
 from medjax.models.unet import UNet
 from medjax.models.vit import UNETR, ViT
+from medjax.tasks.autoregressive import Autoregressive
 from medjax.tasks.masked import Masked
 
 SIZE, BLOCK = (16, 16, 16), (4, 4, 4)
@@ -96,6 +97,65 @@ def test_what_is_visible_does_not_count() -> None:
     assert float(task.loss([wild, hidden], batch).sum()) == float(value)
     assert not np.asarray(jnp.where(seen, gradient, 0.0)).any()
     assert np.asarray(jnp.where(seen, 1.0, gradient)).all()
+
+
+@pytest.mark.parametrize("kind", [Masked, Autoregressive])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_padding_does_not_count(kind: Any, normalize: bool) -> None:
+    """A volume in a larger patch is worth what it is worth alone, wherever in the blocks its border lies."""
+    task = kind("m", normalize=normalize)
+    prediction = jnp.asarray(RNG.normal(size=IMAGE.shape), jnp.float32)
+    hidden = jnp.asarray(RNG.random((2, 4, 4, 4)) < 0.6)
+    alone = {"image": IMAGE, "modality": jnp.asarray([[True, False], [True, True]])}
+    measure = jax.jit(lambda p, hidden, b: task.measure([p, hidden], b))
+    wanted = measure(prediction, hidden, alone)
+
+    # Whole blocks of padding, some to be predicted, some not.
+    around = ((0, 0), (4, 8), (0, 4), (8, 0), (0, 0))
+    image = jnp.pad(IMAGE, around)
+    grown = jnp.asarray(RNG.random((2, 7, 5, 6)) < 0.5).at[:, 1:5, 0:4, 2:6].set(hidden)
+    more = jnp.asarray(RNG.normal(size=image.shape), jnp.float32).at[:, 4:20, 0:16, 8:24].set(prediction)
+    found = measure(more, grown, {**alone, "image": image})
+    for name in task.metrics:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=2e-5)
+
+    # Half a block of padding: the moments are of the other half, each of whose voxels counts as any other.
+    image = IMAGE.at[:, :2].set(0.0)
+    found = measure(prediction, hidden, {**alone, "image": image})
+    for row in range(2):
+        errors: list[float] = []
+        for block in np.argwhere(np.asarray(hidden[row])):
+            at = tuple(slice(max(4 * i, 2 if axis == 0 else 0), 4 * i + 4) for axis, i in enumerate(block))
+            for channel in range(2 if row else 1):
+                want = np.asarray(IMAGE[row])[(*at, channel)].astype(np.float64)
+                want = (want - want.mean()) / np.sqrt(want.var() + 1e-6) if normalize else want
+                errors += list(np.square(np.asarray(prediction[row])[(*at, channel)] - want).ravel())
+        assert float(found["error"][row]) == pytest.approx(np.mean(errors), rel=1e-5)
+
+    outside = (image == 0).all(-1, keepdims=True)
+    loss = jax.jit(jax.value_and_grad(lambda p: task.loss([p, hidden], {**alone, "image": image}).sum()))
+    value, gradient = loss(prediction)
+    assert float(loss(jnp.where(outside, jnp.nan, prediction))[0]) == float(value)
+    counted = spread(hidden, SIZE)[..., None] & ~outside & alone["modality"][:, None, None, None]
+    np.testing.assert_array_equal(gradient != 0, counted)
+
+
+@pytest.mark.parametrize("objective", ["l2", "l1"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_nothing_to_predict_is_worth_nothing(objective: str, normalize: bool) -> None:
+    task = Masked("m", normalize=normalize, objective=objective)
+    batch = {**batch_of(), "image": IMAGE.at[0].set(0.0)}
+    outputs = [jnp.ones_like(IMAGE), jnp.ones((2, 4, 4, 4), bool)]
+    assert {k: float(v[0]) for k, v in task.measure(outputs, batch).items()} == {"error": 0, "explained": 0}
+    gradient = jax.grad(lambda p: task.loss([p, outputs[1]], batch).sum())(outputs[0])
+    assert not np.asarray(gradient[0]).any()
+    assert np.isfinite(np.asarray(gradient)).all()
+    assert np.asarray(gradient[1]).all()
+    # A channel that the example lacks is no sign of anything.
+    batch |= {"image": jnp.zeros_like(IMAGE).at[..., 1].set(1.0), "modality": jnp.asarray([[True, False]] * 2)}
+    assert not np.asarray(task.loss(outputs, batch)).any()
+    shown = task.show(outputs, batch)
+    assert not np.asarray(shown["prediction"][..., 0]).any()
 
 
 def test_blocks_are_as_many_as_asked_and_each_examples_own() -> None:

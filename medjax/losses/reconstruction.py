@@ -1,4 +1,4 @@
-"""Losses of pretraining that predict an image: block by block, so that what is not to be predicted does not count."""
+"""Losses of pretraining that predict an image, block by block, over those voxels alone that are to be predicted."""
 
 from __future__ import annotations
 
@@ -26,39 +26,58 @@ def from_blocks(blocks: Array, size: Sequence[int]) -> Array:
     return volume.reshape(n, *(g * s for g, s in zip(grid, size, strict=True)), channels)
 
 
-def moments(volume: Array, grid: Sequence[int]) -> tuple[Array, Array]:
-    """Mean and standard deviation (of variance + 1e-6) of each block and channel, [B, GX, GY, GZ, C]."""
-    blocks = to_blocks(volume.astype(jnp.float32), grid)
-    mean = blocks.mean(-2)
-    return mean, jnp.sqrt(jnp.square(blocks - mean[..., None, :]).mean(-2) + _EPS)
+def weights(image: Array, counted: Array, channels: Array) -> Array:
+    """Which voxels are to be predicted, block by block: bool [B, GX, GY, GZ, V, C].
 
-
-def block_errors(prediction: Array, image: Array, grid: Sequence[int], objective: str, normalize: bool) -> Array:
-    """The mean error of each block and channel.
+    Voxels that are exactly 0 in all real channels are not: they lie outside of the volume (what a patch or a warp fills
+    in), or are background that normalisation has set to 0.
 
     Args:
-      prediction, image: [B, X, Y, Z, C]. grid: blocks along (x, y, z).
-      objective: 'l2', squared (He et al. 2022), or 'l1', absolute (Xie et al. 2022).
-      normalize: the target is each block less its mean, over its standard deviation, per channel (He et al. 2022).
-
-    Returns:
-      float32 [B, GX, GY, GZ, C].
+      image: [B, X, Y, Z, C]. counted: bool [B, GX, GY, GZ], blocks. channels: bool [B, C], those that are real.
     """
-    wanted = to_blocks(image.astype(jnp.float32), grid)
+    inside = jnp.any((image != 0) & channels[:, None, None, None, :], axis=-1, keepdims=True)
+    blocks = to_blocks(inside, counted.shape[1:]) & counted[..., None, None]
+    return blocks & channels[:, None, None, None, None, :]
+
+
+def moments(blocks: Array, weight: Array) -> tuple[Array, Array]:
+    """Mean and standard deviation (of variance + 1e-6) of each block and channel over what counts, [B, GX, GY, GZ, C].
+
+    Args:
+      blocks: float32 [B, GX, GY, GZ, V, C]. weight: as of `weights`.
+    """
+    number = jnp.maximum(weight.sum(-2), 1)
+    mean = jnp.where(weight, blocks, 0.0).sum(-2) / number
+    square = jnp.where(weight, jnp.square(blocks - mean[..., None, :]), 0.0)
+    return mean, jnp.sqrt(square.sum(-2) / number + _EPS)
+
+
+def targets(image: Array, weight: Array, normalize: bool) -> Array:
+    """What is to be predicted, float32 [B, GX, GY, GZ, V, C].
+
+    `normalize`: each block less its mean, over its standard deviation, per channel (He et al. 2022), both over what
+    counts.
+    """
+    blocks = to_blocks(image.astype(jnp.float32), weight.shape[1:4])
     if normalize:
-        mean, std = moments(image, grid)
-        wanted = (wanted - mean[..., None, :]) / std[..., None, :]
-    difference = to_blocks(prediction.astype(jnp.float32), grid) - wanted
-    return (jnp.square(difference) if objective == "l2" else jnp.abs(difference)).mean(-2)
+        mean, std = moments(blocks, weight)
+        blocks = (blocks - mean[..., None, :]) / std[..., None, :]
+    return blocks
 
 
-def counted_mean(errors: Array, counted: Array, channels: Array) -> Array:
-    """The mean of block errors over what counts, [B]; 0 where nothing does.
+def error(prediction: Array, wanted: Array, weight: Array, objective: str) -> Array:
+    """The mean error of each example over what counts, float32 [B]; 0 where nothing does.
 
     Args:
-      errors: [B, GX, GY, GZ, C]. counted: bool [B, GX, GY, GZ]. channels: bool [B, C], those that are real.
+      prediction, wanted: float32 [B, GX, GY, GZ, V, C], or what broadcasts to it. weight: as of `weights`.
+      objective: 'l2', squared (He et al. 2022), or 'l1', absolute (Xie et al. 2022).
     """
-    weight = counted[..., None] & channels[:, None, None, None, :]
     # `where`, not a product: what does not count may be anything, and gets no gradient.
-    total = jnp.where(weight, errors, 0.0).sum((1, 2, 3, 4))
-    return total / jnp.maximum(weight.sum((1, 2, 3, 4)), 1)
+    difference = jnp.where(weight, prediction - wanted, 0.0)
+    return mean_of(jnp.square(difference) if objective == "l2" else jnp.abs(difference), weight)
+
+
+def mean_of(values: Array, weight: Array) -> Array:
+    """The mean of values [B, GX, GY, GZ, V, C] over what counts, [B]; 0 where nothing does."""
+    axes = tuple(range(1, 6))
+    return jnp.where(weight, values, 0.0).sum(axes) / jnp.maximum(weight.sum(axes), 1)

@@ -18,18 +18,28 @@ from medjax.tasks.pretext import Pretext
 
 
 class Reconstruction(Pretext):
-    """Of tasks that predict voxels block by block. Outputs: prediction [B, X, Y, Z, C], which blocks were predicted."""
+    """Of tasks that predict voxels block by block. Outputs: prediction [B, X, Y, Z, C], which blocks were predicted.
+
+    Voxels outside of the volume count nowhere: not in the loss, nor in `explained`, nor in a block's mean and deviation
+    (`normalize`). They are told by their value, exactly 0 in all real channels of the augmented image, which is what a
+    patch beyond the border and spatial transforms fill in; so the background that 'zscore_nonzero' sets to 0 does not
+    count either, and padding counts that a transform of intensities has made something else (noise, brightness).
+    """
 
     metrics = ("error", "explained")
     objective: str
     normalize: bool
 
     def loss(self, outputs: Sequence[Array], batch: Mapping[str, Array]) -> Array:
-        """The mean error over the voxels of predicted blocks and the channels that are real, [B]."""
+        """The mean error over the voxels of predicted blocks inside of the volume, and the channels that are real, [B].
+
+        0 where none is.
+        """
         prediction, counted = outputs
-        grid = counted.shape[1:]
-        errors = reconstruction.block_errors(prediction, batch["image"], grid, self.objective, self.normalize)
-        return reconstruction.counted_mean(errors, counted, batch["modality"])
+        weight = reconstruction.weights(batch["image"], counted, batch["modality"])
+        wanted = reconstruction.targets(batch["image"], weight, self.normalize)
+        blocks = reconstruction.to_blocks(prediction.astype(jnp.float32), counted.shape[1:])
+        return reconstruction.error(blocks, wanted, weight, self.objective)
 
     def measure(self, outputs: Sequence[Array], batch: Mapping[str, Array]) -> dict[str, Array]:
         """The loss; and the share of the predicted voxels' variance that is explained, 1 - squared error / variance.
@@ -37,35 +47,35 @@ class Reconstruction(Pretext):
         Where nothing varies (a patch of background alone) there is nothing to explain: 0.
         """
         prediction, counted = outputs
-        image, real = batch["image"], batch["modality"]
-        grid = counted.shape[1:]
-        square = reconstruction.block_errors(prediction, image, grid, "l2", self.normalize)
-        zero = jnp.zeros_like(image)
+        weight = reconstruction.weights(batch["image"], counted, batch["modality"])
+        wanted = reconstruction.targets(batch["image"], weight, self.normalize)
+        blocks = reconstruction.to_blocks(prediction.astype(jnp.float32), counted.shape[1:])
         # Of targets that are normalised block by block the mean is 0; else it is that of what is predicted.
         middle = jnp.zeros(())
         if not self.normalize:
-            mean, _ = reconstruction.moments(image, grid)
-            middle = reconstruction.counted_mean(mean, counted, real)[:, None, None, None, None]
-        spread_ = reconstruction.block_errors(zero + middle, image, grid, "l2", self.normalize)
-        variance = reconstruction.counted_mean(spread_, counted, real)
+            middle = reconstruction.mean_of(wanted, weight)[:, None, None, None, None, None]
+        variance = reconstruction.error(middle, wanted, weight, "l2")
         varies = variance > 1e-8
-        share = reconstruction.counted_mean(square, counted, real) / jnp.where(varies, variance, 1.0)
+        share = reconstruction.error(blocks, wanted, weight, "l2") / jnp.where(varies, variance, 1.0)
         return {"error": self.loss(outputs, batch), "explained": jnp.where(varies, 1 - share, 0.0)}
 
     def show(self, outputs: Sequence[Array], batch: Mapping[str, Array]) -> dict[str, Array]:
-        """The first example: what it is, what was visible, what was predicted for the rest."""
+        """The first example: what it is, what was visible, what was predicted for the rest (outside of it: 0)."""
         prediction, image, counted = outputs[0][:1], batch["image"][:1], outputs[1][:1]
         grid = counted.shape[1:]
         size = [s // g for s, g in zip(image.shape[1:4], grid, strict=True)]
+        weight = reconstruction.weights(image, counted, batch["modality"][:1])
         if self.normalize:
-            mean, std = reconstruction.moments(image, grid)
+            own = reconstruction.to_blocks(image.astype(jnp.float32), grid)
+            mean, std = reconstruction.moments(own, weight)
             blocks = reconstruction.to_blocks(prediction, grid) * std[..., None, :] + mean[..., None, :]
             prediction = reconstruction.from_blocks(blocks, size)
         hidden = spread(counted, image.shape[1:4])[..., None]
         seen = jnp.where(hidden, image.min(), image)
-        volumes = {"image": image, "visible": seen, "prediction": jnp.where(hidden, prediction, image)}
+        told = jnp.where(reconstruction.from_blocks(weight, size), prediction, image)
+        volumes = {"image": image, "visible": seen, "prediction": told}
         if self.all_predicted:
-            volumes = {"image": image, "prediction": prediction}
+            del volumes["visible"]
         return {title: volume[0] for title, volume in volumes.items()}
 
     @property
