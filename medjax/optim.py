@@ -46,6 +46,7 @@ def build(
     known: Any = None,
     scales: Any = None,
     begins: Any = None,
+    factors: Mapping[str, str] | None = None,
 ) -> tuple[optax.GradientTransformation, Callable]:
     """The optimizer of `config.optim` and its schedule.
 
@@ -55,6 +56,7 @@ def build(
       known: tree of all parameters where `params` has only those that train; the rules must cover it.
       scales: tree of further factors of the learning rate. begins: tree of the steps after which a parameter begins to
         change; until then it has neither gradient nor moments. Both have the parameters of `params` at least.
+      factors: as of `rule_factors`.
 
     Raises:
       UserError: a parameter no rule covers, a rule that matches nothing, an unknown name, a number out of its range.
@@ -70,7 +72,8 @@ def build(
         core = optax.scale_by_adam(b1=b1, b2=b2)
     else:
         raise UserError(f"config: optim.name '{config['name']}' is not known; known: adamw, sgd")
-    rates, decays = (_part(tree, params) for tree in rule_factors(config["rules"], params if known is None else known))
+    ruled = rule_factors(config["rules"], params if known is None else known, factors)
+    rates, decays = (_part(tree, params) for tree in ruled)
     if scales is not None:
         rates = jax.tree.map(lambda rate, scale: rate * scale, rates, _part(scales, params))
     decay = _per_parameter(lambda u, p, f: u + config["weight_decay"] * f * p, decays)
@@ -89,23 +92,34 @@ def build(
     return optax.chain(*chain), lr
 
 
-def rule_factors(rules: Any, params: Any) -> tuple[Any, Any]:
+def rule_factors(rules: Any, params: Any, factors: Mapping[str, str] | None = None) -> tuple[Any, Any]:
     """Learning-rate and weight-decay factors, two trees like `params`: the first rule matching a whole path rules.
+
+    Args:
+      factors: path of a factor of a kernel's change -> the kernel's. Unless the rule of a factor is one that does not
+        match its kernel too, the factor learns at the kernel's rate; its weight decay is of its own rule.
 
     Raises UserError for a parameter no rule covers and for a rule that rules nothing (but a closing '.*').
     """
     used = set()
+    factors = factors or {}
+
+    def first(name: str) -> tuple[str, Mapping[str, float]]:
+        for pattern, found in rules:
+            if re.fullmatch(pattern, name):
+                used.add(pattern)
+                if not set(found) <= {"lr", "decay"}:
+                    raise UserError(f"config: optim.rules '{pattern}': keys are 'lr' and 'decay', not {dict(found)}")
+                return pattern, found
+        raise UserError(f"config: optim.rules cover no parameter '{name}'; end them with a rule for '.*'")
 
     def find(path: Any, _: Any) -> tuple[float, float]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        for pattern, factors in rules:
-            if re.fullmatch(pattern, name):
-                used.add(pattern)
-                if not set(factors) <= {"lr", "decay"}:
-                    raise UserError(f"config: optim.rules '{pattern}': keys are 'lr' and 'decay', not {dict(factors)}")
-                rate = float(factors.get("lr", 1.0))
-                return rate, float(factors.get("decay", 1.0)) if rate else 0.0
-        raise UserError(f"config: optim.rules cover no parameter '{name}'; end them with a rule for '.*'")
+        pattern, own = first(name)
+        kernel = factors.get(name)
+        ruling = first(kernel)[1] if kernel and re.fullmatch(pattern, kernel) else own
+        rate = float(ruling.get("lr", 1.0))
+        return rate, float(own.get("decay", 1.0)) if rate else 0.0
 
     found = jax.tree_util.tree_map_with_path(find, params)
     for pattern, _ in rules:

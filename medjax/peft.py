@@ -57,13 +57,15 @@ class Division:
 
     Attributes:
       kind: `peft.type`. shapes: of all parameters, by path. trained: those that train. factors: kernels of which the
-        factors of a change train. scale: what their product counts. referred: frozen ones that checkpoints leave out.
+        factors of a change train. dropped: those that have none because a rule freezes them. scale: what the factors'
+        product counts. referred: frozen ones that checkpoints leave out.
     """
 
     kind: str
     shapes: Mapping[str, tuple[int, ...]]
     trained: frozenset[str]
     factors: Mapping[str, Factors] = field(default_factory=dict)
+    dropped: Mapping[str, Factors] = field(default_factory=dict)
     scale: float = 1.0
     referred: frozenset[str] = frozenset()
 
@@ -97,10 +99,15 @@ class Division:
         referred = {path: frozen.pop(path) for path in self.referred}
         return nest(trained), nest(frozen) or None, nest(referred) or None
 
+    @property
+    def bases(self) -> dict[str, str]:
+        """Path of a factor -> the kernel's of which it is one."""
+        return {path + part: path for path in (*self.factors, *self.dropped) for part in (_A, _B)}
+
     def everything(self) -> Any:
-        """Shapes of all parameters and factors as one tree, for rules that must cover them."""
+        """Shapes of all parameters and factors as one tree, for rules that must cover them; dropped factors too."""
         shapes: dict[str, tuple[int, ...]] = dict(self.shapes)
-        for path, factors in self.factors.items():
+        for path, factors in {**self.factors, **self.dropped}.items():
             shapes |= {path + _A: factors.a, path + _B: factors.b}
         return nest({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()})
 
@@ -142,13 +149,11 @@ def divide(config: ConfigDict, shapes: Mapping[str, tuple[int, ...]]) -> Divisio
         whole = dataclasses.replace(
             whole, trained=frozenset(chosen), factors=factors, scale=float(peft.alpha) / peft.rank
         )
-    rates, _ = optim.rule_factors(config.optim.rules, whole.everything())
+    rates, _ = optim.rule_factors(config.optim.rules, whole.everything(), whole.bases)
     still = {path for path, rate in flat(rates).items() if not rate}
-    division = dataclasses.replace(
-        whole,
-        trained=whole.trained - still,
-        factors={path: f for path, f in whole.factors.items() if not still & {path + _A, path + _B}},
-    )
+    kept = {path: f for path, f in whole.factors.items() if not still & {path + _A, path + _B}}
+    dropped = {path: f for path, f in whole.factors.items() if path not in kept}
+    division = dataclasses.replace(whole, trained=whole.trained - still, factors=kept, dropped=dropped)
     if not division.trained and not division.factors:
         raise UserError("config: no parameter trains; see peft.train and optim.rules")
     return division

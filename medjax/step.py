@@ -79,7 +79,7 @@ def make_state(config: ConfigDict, job: Job) -> tuple[Any, Callable, Callable[[]
     warmup = duration(config.optim.warmup, "optim.warmup")
     tx, rate = optim.build(
         config.optim, jax.eval_shape(divided)[0], job.total, warmup, known=division.everything(), scales=scales,
-        begins=begins,
+        begins=begins, factors=division.bases,
     )  # fmt: skip
 
     balance = balancing.build(config, job.tasks, rate)

@@ -115,6 +115,21 @@ def test_rules_must_cover_and_must_match() -> None:
             optim.build(settings(**{key: -0.1}), PARAMS, 10)
 
 
+def test_a_factor_follows_its_kernel() -> None:
+    """In its rate, unless a rule is of factors alone; in its decay never."""
+    params = {"net": {"kernel": 1.0, "kernel_lora_a": 1.0}, "head": {"kernel": 1.0}}
+    factors = {"net/kernel_lora_a": "net/kernel"}
+    for rules, want in (
+        (((r".*/kernel", {"lr": 0.1}), (r".*", {"decay": 0.0})), (0.1, 0.0)),
+        (((r"net/kernel", {"lr": 0.0}), (r".*", {})), (0.0, 0.0)),
+        (((r"net/.*", {"lr": 0.3}), (r".*", {})), (0.3, 1.0)),
+        (((r".*/kernel", {"lr": 0.1}), (r".*_lora_.", {"lr": 16.0, "decay": 0.5}), (r".*", {})), (16.0, 0.5)),
+        (((r"head/.*", {"lr": 0.1}), (r".*", {"decay": 0.0})), (1.0, 0.0)),
+    ):
+        rates, decays = optim.rule_factors(rules, params, factors)
+        assert (rates["net"]["kernel_lora_a"], decays["net"]["kernel_lora_a"]) == want
+
+
 def test_average_follows_its_recursion() -> None:
     average, want = jnp.array(1.0), 1.0
     for step, value in enumerate((2.0, 3.0, 5.0)):

@@ -103,6 +103,35 @@ def test_a_kernel_smaller_than_its_factors_trains_in_full() -> None:
     assert stem not in division.factors
 
 
+@pytest.mark.parametrize("rule", [r"backbone/encoder0/.*/kernel", r"backbone/encoder0/.*", r".*encoder0.*_lora_."])
+def test_a_kernel_that_a_rule_freezes_has_no_factors(rule: str) -> None:
+    config = settings(peft__type="lora", peft__rank=2, optim__rules=((rule, {"lr": 0.0}), (".*", {})))
+    division = peft.divide(config, SHAPES)
+    stem = "backbone/encoder0/block0/conv/kernel"
+    assert set(division.factors) == {p for p in SHAPES if p.startswith("backbone") and p.endswith("/kernel")} - {stem}
+    assert stem in division.frozen
+    # What is learnt covers the same rules.
+    params = division.split(peft.nest({p: jnp.zeros(s) for p, s in SHAPES.items()}), jax.random.key(0))[0]
+    optim.build(config.optim, params, 10, known=division.everything(), factors=division.bases)
+
+
+def test_factors_learn_at_the_rate_of_their_kernel() -> None:
+    rules = ((r".*encoder0/.*/kernel", {"lr": 0.1}), (r".*", {"decay": 0.0}))
+    config = settings(
+        peft__type="lora", peft__rank=2, optim__rules=rules, optim__clip=0.0, optim__momentum=0.0,
+        optim__layer_decay=0.5, model__name="unet",
+    )  # fmt: skip
+    division = peft.divide(config, SHAPES)
+    scales, _ = peft.by_depth(config, division, lambda text, key: 0)
+    params = division.split(peft.nest({p: jnp.ones(s) for p, s in SHAPES.items()}), jax.random.key(0))[0]
+    tx, rate = optim.build(config.optim, params, 10, known=division.everything(), scales=scales, factors=division.bases)
+    ones = jax.tree.map(jnp.ones_like, params)
+    moved = peft.flat(tx.update(ones, tx.init(params), params)[0])
+    for path, factor in (("encoder0/block0/conv", 0.1 * 0.25), ("encoder1/block0/conv", 0.5), ("up0", 1.0)):
+        for part in ("a", "b"):
+            np.testing.assert_allclose(moved[f"backbone/{path}/kernel_lora_{part}"], -factor * rate(0), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
