@@ -7,9 +7,9 @@
     python -m benchmarks.few_labels --calibrate                               # STEP and COST of the recipe
 
 The same command goes on where it was interrupted. Commands for some labels, arms or seeds add to one `--out`, and its
-table says of every cell whether it has been run; whatever else is changed (`seconds`, `width`, ...) needs an `--out` of
-its own. Runs, pretrained networks, `few_labels.md` and `few_labels.png` are in `--out`; with `--page` the tables and
-the picture go into the page between its two marks, the picture's file beside it.
+table says of every cell whether it has been run; whatever else is changed (`seconds`, `width`, ..., the recipe itself)
+needs an `--out` of its own. Runs, pretrained networks, `few_labels.md` and `few_labels.png` are in `--out`; with
+`--page` the tables and the picture go into the page between its two marks, the picture's file beside it.
 """
 
 from __future__ import annotations
@@ -65,31 +65,83 @@ def pretrain(recipe: str, arg: str, out: Path, seeds: Sequence[int]) -> None:
       UserError: what is there was pretrained, or begun, under other arguments.
     """
     given = ",".join(filter(None, [arg, "arm=pretrain"]))
+    # How it is evaluated is nothing to the arms.
+    refuse(changed(out / "pretrained", f"{recipe}:{given}", aside=("eval",)), "pretrained")
     for seed in seeds:
         folder = out / "pretrained" / f"seed{seed}"
-        if (folder / "config.json").is_file():
-            check_pretrained(folder, f"{recipe}:{given}", seed)
         run(["medjax.main", f"--config={recipe}:{given}", f"--workdir={folder}", f"--config.seed={seed}"])
 
 
-def check_pretrained(folder: Path, recipe: str, seed: int) -> None:
-    """Raises UserError if the run in `folder` trained something else than `recipe` says."""
+def check_arms(recipe: str, arg: str, out: Path, known: Sequence[str]) -> None:
+    """Raises UserError if a run in `out/arms`, of whatever arm, labels and seed, is not what `recipe` makes of it now.
+
+    The table pools all of them, and their commands, which the sweep compares, tell nothing of what the recipe holds
+    itself, such as COST.
+
+    Args:
+      known: arms of the recipe; runs of others are in no table.
+    """
+    found: dict[Path, list[str]] = {}
+    for folder in sorted(out.glob("arms/*")):
+        arm, _, labels = folder.name.rpartition("_")
+        if arm in known:
+            given = ",".join(filter(None, [arg, f"arm={arm}", f"labels={labels}"]))
+            found |= changed(folder, f"{recipe}:{given}", f"name={folder.name}")
+    refuse(found, "trained")
+
+
+def changed(folder: Path, recipe: str, *overrides: str, aside: Sequence[str] = ()) -> dict[Path, list[str]]:
+    """What the runs `folder/seed*` were told otherwise than `recipe` says now; those without any are left out.
+
+    Args:
+      aside: keys that may differ, beside those of where a run is computed.
+    """
     from medjax import compare, models, tasks
     from medjax import config as config_lib
 
+    runs = sorted(file.parent for file in folder.glob("seed*/config.json"))
+    if not runs:
+        return {}
     options = {"model": models.options, "tasks": tasks.options}
-    config = config_lib.load(recipe, [f"seed={seed}"], lambda room, kind: options[room](kind))
-    elsewhere = re.compile("|".join(re.escape(key) for key in (*compare.ELSEWHERE, "eval")))
-    there = json.loads((folder / "config.json").read_text())
-    lines = config_lib.difference(there, json.loads(config_lib.to_json(config)))
-    # What the run's version did not know yet is no difference of what it was told.
-    lines = [line for line in lines if not elsewhere.match(line) and f"{line.partition(': ')[0]}: None -> " not in line]
-    if lines:
-        more = f" and {len(lines) - 6} more" if len(lines) > 6 else ""
-        raise UserError(
-            f"{folder}: was pretrained under other arguments ({'; '.join(lines[:6])}{more}); choose another --out, or "
-            "delete that folder and the runs that began from it"
-        )
+    config = config_lib.load(recipe, overrides, lambda room, kind: options[room](kind))
+    now = json.loads(config_lib.to_json(config))
+    elsewhere = re.compile("|".join(re.escape(key) for key in (*compare.ELSEWHERE, *aside)))
+    found = {}
+    for run in runs:
+        there = json.loads((run / "config.json").read_text())
+        here = shared(now | {"seed": int(run.name.removeprefix("seed"))}, there)
+        if here.get("init", {}).get("source") and there["init"]["source"]:  # below --out, however that was written
+            here["init"]["source"] = there["init"]["source"]
+        if lines := [line for line in config_lib.difference(there, here) if not elsewhere.match(line)]:
+            found[run] = lines
+    return found
+
+
+def shared(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """`new` without the keys that `old` lacks: what a run's version did not know is no difference in what it was told.
+
+    In a table that is empty in `old` it is: that table has been filled.
+    """
+
+    def both(a: Any, b: Any) -> Any:
+        return shared(a, b) if isinstance(a, Mapping) and isinstance(b, Mapping) and b else a
+
+    return {key: both(value, old[key]) for key, value in new.items() if key in old}
+
+
+def refuse(found: Mapping[Path, Sequence[str]], what: str) -> None:
+    """Raises UserError for runs that were `what` ('trained', 'pretrained') with these differences, if there are any."""
+    if not found:
+        return
+    first, *others = found
+    lines = found[first]
+    more = f" and {len(lines) - 6} more" if len(lines) > 6 else ""
+    began = " and the runs that began from it" if what == "pretrained" else ""
+    likewise = f". Likewise: {', '.join('/'.join(folder.parts[-2:]) for folder in others)}" if others else ""
+    raise UserError(
+        f"{first}: was {what} under other arguments, or the recipe has changed ({'; '.join(lines[:6])}{more}); choose "
+        f"another --out, or delete that folder{began}{likewise}"
+    )
 
 
 def log_of(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -386,6 +438,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return calibrate(recipe, given_arg, args.out, list(module.COST))
     failed = 0
     if not args.report:
+        check_arms(recipe, given_arg, args.out, module.ARMS)
         if set(arms) & set(module.PRETRAINED):
             pretrain(recipe, given_arg, args.out, range(args.seeds))
         pretrained = f"pretrained={args.out}/pretrained/seed{{seed}}"

@@ -62,6 +62,18 @@ def test_only_semi_supervision_sees_images_without_labels() -> None:
             assert (all_.data.sampling.labelled, all_.semi.cases) == (0.0, "all")
 
 
+@pytest.mark.parametrize("labels", ["0", "-3", "181", "5+", "05", "all"])
+def test_labels_that_there_are_not_are_refused(labels: str) -> None:
+    assert resolved("labels=1").data.labelled == 1
+    assert resolved("labels=179").data.labelled == 179
+    for read in (
+        lambda: resolved(f"arm=scratch,labels={labels}"),
+        lambda: sweep.variants(f"{RECIPE}:labels={labels}", []),
+    ):
+        with pytest.raises(UserError, match=r"labels=.*is no number from 1 to 180"):
+            read()
+
+
 def test_lora_trains_a_twentieth_at_most(data_root: Path) -> None:
     config = resolved(f"arm=lora,data={data_root / 'hippocampus'}")
     built = tasks.build(config.tasks, {"anterior": 1, "posterior": 2})
@@ -129,6 +141,17 @@ def runs(tmp_path: Path) -> Path:
             write_arm(tmp_path, arm, labels)
     (tmp_path / "arms" / "mae_5" / "seed0").mkdir(parents=True)  # not begun
     return tmp_path
+
+
+def write_configs(out: Path) -> None:
+    """The configurations that the runs in `out` would have had."""
+    for folder in out.glob("arms/*/seed*"):
+        if (folder / "config.json").is_file():
+            arm, _, labels = folder.parent.name.rpartition("_")
+            config = resolved(f"arm={arm},labels={labels}")
+            with config.unlocked():
+                config.name, config.seed = folder.parent.name, int(folder.name[-1])
+            (folder / "config.json").write_text(config_lib.to_json(config))
 
 
 def lines_of(text: str, start: str) -> list[str]:
@@ -233,6 +256,45 @@ def test_pretraining_of_other_arguments_is_never_reused(tmp_path: Path, monkeypa
         few_labels.pretrain(RECIPE, "seconds=60", tmp_path, range(1))
 
 
+def test_runs_of_another_recipe_are_never_pooled(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(few_labels, "run", commands.append)
+    write_arm(runs, "lora", 5)
+    write_configs(runs)
+    # Other arms and labels of the same study; --out written otherwise; where runs are computed; a key that is new.
+    file = runs / "arms" / "lora_5" / "seed2" / "config.json"
+    whole = json.loads(file.read_text())
+    whole["init"]["source"], whole["data"]["workers"] = "before/pretrained/seed{seed}", 7
+    del whole["optim"]["decoder_first"]
+    file.write_text(json.dumps(whole))
+    command = [f"--config={RECIPE}:labels=3,arms=scratch", f"--out={runs}", "--seeds=1"]
+    few_labels.main(command)
+    assert [c[0] for c in commands] == ["launch.sweep"]
+    # Nothing of this is in the runs' commands. Those of other arms, labels and seeds than the command's count too.
+    recipe, text = tmp_path / "few_labels.py", Path(RECIPE).read_text()
+    for old, new, words in (
+        (
+            '"mean_teacher": 1.41', '"mean_teacher": 2.0',
+            r"mean_teacher_20/seed0: was trained under other arguments, or the recipe has changed \(.*train.total: 795 "
+            r"steps -> 561 steps.*\); choose another --out, or delete that folder. Likewise: mean_teacher_20/seed1, "
+            r"mean_teacher_20/seed2, mean_teacher_5/seed0, mean_teacher_5/seed1, mean_teacher_5/seed2$",
+        ),
+        ("optim.lr = 1e-2", "optim.lr = 2e-2", r"lora_5/seed0: was trained .*\(optim.lr: 0.01 -> 0.02\)"),
+        ('"weight": 1.0', '"weight": 0.5', r"mean_teacher_20/seed0: .*\(semi.weight: 1.0 -> 0.5\)"),
+        ('config.semi.cases =', 'config.semi.threshold = 0.5; config.semi.cases =',
+         r"\(semi.threshold: None -> 0.5\)"),
+        ('"mirror": (0,), "predictions"', '"mirror": (), "predictions"',
+         r"lora_5/seed0: .*\(eval.mirror: \[0\] -> \[\]"),
+    ):  # fmt: skip
+        assert text.count(old) == 1
+        recipe.write_text(text.replace(old, new))
+        with pytest.raises(UserError, match=words):
+            few_labels.main([f"--config={recipe}:labels=3,arms=scratch", f"--out={runs}", "--seeds=1"])
+    with pytest.raises(UserError, match=r"lora_5/seed0: .*model.features"):
+        few_labels.main([f"--config={RECIPE}:labels=3,arms=scratch,width=4", f"--out={runs}", "--seeds=1"])
+    assert len(commands) == 1
+
+
 def test_calibration_prints_what_the_recipe_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -265,6 +327,7 @@ def test_a_failed_sweep_still_reports_and_commands_add_up(runs: Path, monkeypatc
             raise SystemExit(1)
 
     monkeypatch.setattr(few_labels, "run", run)
+    write_configs(runs)
     failing = True
     command = [f"--config={RECIPE}:labels=5,arms=scratch", f"--out={runs}"]
     with pytest.raises(SystemExit):
@@ -287,6 +350,7 @@ def test_what_cannot_work_is_refused_in_words(runs: Path, tmp_path: Path) -> Non
         (["--report", f"--out={runs}", f"--page={page}"], "table: begin"),
         (["--config=configs/brain_seg.py"], "this command is about"),
         (["--config=configs/ablations/few_labels.py:arms=magic"], "no arm 'magic'"),
+        (["--config=configs/ablations/few_labels.py:labels=5+0"], r"'labels=5\+0': '0' is no number from 1 to 180"),
     ):
         with pytest.raises(UserError, match=words):
             few_labels.main(arguments)

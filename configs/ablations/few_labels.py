@@ -34,6 +34,7 @@ from ml_collections import ConfigDict
 
 from configs import hippocampus
 from medjax.config import parse_arg
+from medjax.errors import UserError
 
 # Seconds of a step of `scratch` (bfloat16, 2 cores of a CPU with AMX), and what one of each arm takes relative to it
 # (of `--calibrate` in float32; not measured in bfloat16).
@@ -73,7 +74,7 @@ ENCODER = r"backbone/(encoder|down)\d+.*"
 
 
 def read(arg):
-    return parse_arg(
+    values = parse_arg(
         arg,
         debug=False,
         data="",
@@ -86,6 +87,10 @@ def read(arg):
         pretrain=0.5,
         pretrained=f"{OUT}/pretrained/seed{{seed}}",
     )
+    for number in values.labels.split("+"):
+        if number not in map(str, range(1, ALL + 1)):
+            raise UserError(f"config: argument 'labels={values.labels}': '{number}' is no number from 1 to {ALL} (all)")
+    return values
 
 
 def get_config(arg=None):
