@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.ablations.few_labels import PAINTED
 from medjax import config as config_lib
 from medjax.augment import policy
 from medjax.augment.base import Draws, Scene
@@ -233,9 +234,9 @@ def test_synthseg_paints_label_maps() -> None:
     assert set(np.unique(out["a/target"])) <= {0, 1, 2, 3}
     image = np.asarray(out["image"])
     np.testing.assert_allclose(image.mean((1, 2, 3)), 0, atol=1e-5)
-    np.testing.assert_allclose(image.std((1, 2, 3)), 1, atol=1e-4)
-    # The image that came in does not matter; the example's number does.
-    np.testing.assert_array_equal(augment({**data, "image": data["image"] * 7 + 1})["image"], image)
+    np.testing.assert_allclose(image.std((1, 2, 3), where=image != 0), 1, atol=1e-4)
+    # The image that came in does not matter, but for where it is 0; the example's number does.
+    np.testing.assert_array_equal(augment({**data, "image": data["image"] * 8})["image"], image)
     assert not np.allclose(augment({**data, "example": data["example"] + 50})["image"], image)
     # An example without a label map keeps its image: it is deformed, not painted.
     kept = augment({**data, "a/mask": jnp.array([True, False, True, True])})["image"]
@@ -266,6 +267,71 @@ def test_what_is_outside_the_labels_is_painted_by_its_intensities() -> None:
             inside = np.unique(painted[mask == 1])
             assert len(inside) == 1
             assert inside[0] not in np.concatenate(found)
+
+
+def padded(before: tuple[int, int, int], after: tuple[int, int, int], n: int = 4) -> dict[str, Any]:
+    """Normalised volumes of 12 x 10 x 8 voxels, a label in them, amid zeros; 'b' is 1 in the volume, 0 outside."""
+    rng = np.random.default_rng(1)
+    image = rng.normal(size=(n, 12, 10, 8, 1))
+    label = np.zeros(image.shape[:4], np.uint8)
+    label[:, 4:8, 3:7, 2:4], label[:, 4:8, 3:7, 4:6] = 1, 2
+    amid = [(0, 0), *zip(before, after, strict=True)]
+    return {
+        "image": jnp.asarray(np.pad(image, [*amid, (0, 0)]), jnp.float32),
+        "spacing": jnp.ones((n, 3)),
+        "modality": jnp.ones((n, 1), bool),
+        "example": jnp.arange(n),
+        "a/target": jnp.asarray(np.pad(label, amid)),
+        "a/mask": jnp.arange(n) > 0,  # one has no label map
+        "b/target": jnp.asarray(np.pad(np.ones(label.shape), amid), jnp.float32),
+    }
+
+
+MOVED_LATER = (
+    ("paint", {"clusters": 3, "background": 0.0}), ("mirror", {"swap": ((1, 2),)}), ("shift", {}), ("noise", {}),
+    ("cutmix", {}), ("standardize", {}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("rules", [*PAINTED.values(), MOVED_LATER], ids=[*PAINTED, "moved later"])
+def test_padding_is_never_painted(rules: Any) -> None:
+    data = padded((2, 0, 1), (2, 4, 3))
+    out = jax.jit(policy.build({"transforms": rules}, ("a", "b"), 0))(data)
+    assert out.keys() == data.keys()
+    # Where nothing of the volume came it is 0, as in the windows of a prediction; the volume is as if normalised alone.
+    image, inside = np.asarray(out["image"])[..., 0], np.asarray(out["b/target"]) > 0
+    np.testing.assert_array_equal(image != 0, inside)
+    assert not inside.all((1, 2, 3)).any()
+    np.testing.assert_allclose(image.mean((1, 2, 3), where=inside), 0, atol=1e-4)
+    np.testing.assert_allclose(image.std((1, 2, 3), where=inside), 1, atol=1e-4)
+
+
+def test_clusters_do_not_depend_on_padding() -> None:
+    rule = ("paint", {"std": (0.0, 0.0), "background": 0.0, "clusters": 4})
+    augment = jax.jit(policy.build({"transforms": (rule,)}, ("a",), 0))
+    bare = np.asarray(augment(padded((0, 0, 0), (0, 0, 0)))["image"])
+    some = np.asarray(augment(padded((2, 4, 4), (6, 0, 4)))["image"])
+    np.testing.assert_array_equal(some[:, 2:14, 4:, 4:12], bare)
+    assert [len(np.unique(x)) for x in bare[1:]] == [6] * 3
+    # Until it is standardised, padding is the painted volume's mean.
+    np.testing.assert_allclose(some[1:, 0, 0, 0], bare[1:].mean((1, 2, 3)), rtol=1e-5)
+
+
+def test_without_padding_all_is_painted() -> None:
+    data = padded((0, 0, 0), (0, 0, 0))
+    paint, unit = ("paint", {"background": 0.0}), ("standardize", {})
+    first, second, both = (
+        jax.jit(policy.build({"transforms": rules}, ("a",), 0)) for rules in ((paint,), (unit,), (paint, unit))
+    )
+    np.testing.assert_allclose(both(data)["image"], second(first(data))["image"], atol=1e-5)
+    # An image of zeros says nothing of padding: label maps can do without one. Nor need there be a label.
+    empty = data | {"image": jnp.zeros_like(data["image"]), "a/mask": jnp.ones(4, bool)}
+    full = first(data | {"a/mask": empty["a/mask"]})["image"]
+    np.testing.assert_array_equal(first(empty)["image"], full)
+    bare = both(empty | {"a/target": jnp.zeros_like(data["a/target"])})["image"]
+    np.testing.assert_allclose(bare.std((1, 2, 3)), 1, atol=1e-4)
+    none = both(empty | {"modality": jnp.zeros((4, 1), bool)})["image"]
+    np.testing.assert_array_equal(none, 0)
 
 
 @pytest.mark.parametrize(

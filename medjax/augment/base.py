@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 
 Batch = dict[str, Any]
+# Key of bool [B, X, Y, Z], the volume's voxels and not those it is padded with: there from 'paint' to the policy's end.
+INSIDE = "augment/inside"
 
 
 class Draws:

@@ -6,6 +6,7 @@ deviation; what needs a magnitude (Rician noise, bias fields) counts from each c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from medjax.augment.base import Draws, OnImage, Scene, interval, number, one_of, share
+from medjax.augment.base import INSIDE, Batch, Draws, OnImage, Scene, interval, number, one_of, share
 from medjax.ops import normal, separable, tone, warp
 from medjax.ops.gated import chosen
 
@@ -24,6 +25,11 @@ _VOXELS = (0, 1, 2)
 def normal_like(key: Array, image: Array) -> Array:
     """Standard normal numbers, float32, of the image's shape. `key`: key data."""
     return normal.normal(key[None], image.size).reshape(image.shape)
+
+
+def mean_inside(x: Array, inside: Array) -> Array:
+    """Mean [C] of x [X, Y, Z, C] over the voxels of `inside` [X, Y, Z]; 0 where there are none."""
+    return jnp.where(inside[..., None], x, 0.0).sum(_VOXELS) / jnp.maximum(inside.sum(), 1)
 
 
 class PerChannel(OnImage):
@@ -401,12 +407,28 @@ def inside_box(shape: Any, centre: Array, size: Array) -> Array:
 
 @dataclass(frozen=True, kw_only=True)
 class Standardize(OnImage):
-    """Brings each channel to zero mean and unit deviation."""
+    """Brings each channel to zero mean and unit deviation.
+
+    After 'paint' those of the volume without what it is padded with, which is set to 0: as a volume that was normalised
+    before it was padded.
+    """
 
     name: ClassVar[str] = "standardize"
 
     def plan(self, draw: Draws, scene: Scene) -> Any:
         return draw.chance(self.p) & scene.present
+
+    def apply(self, batch: Batch, plan: Any, keys: Array | None, masks: Sequence[str]) -> Batch:
+        if INSIDE not in batch:
+            return super().apply(batch, plan, keys, masks)
+
+        def one(x: Array, on: Array, inside: Array) -> Array:
+            v = x.astype(jnp.float32)
+            v = v - mean_inside(v, inside)
+            unit = v / jnp.maximum(jnp.sqrt(mean_inside(jnp.square(v), inside)), 1e-6)
+            return jnp.where(on, jnp.where(inside[..., None], unit, 0.0).astype(x.dtype), x)
+
+        return {**batch, "image": chosen(one, jnp.any(plan, axis=1), batch["image"], plan, batch[INSIDE])}
 
     def image(self, image: Array, plan: Any, keys: Array | None) -> Array:
         def one(x: Array, on: Array) -> Array:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jax import Array, lax
 
-from medjax.augment.base import Batch, Draws, Scene, Transform, interval, share
+from medjax.augment.base import INSIDE, Batch, Draws, Scene, Transform, interval, share
 from medjax.augment.intensity import inside_box
 from medjax.errors import UserError
 from medjax.ops.gated import chosen
@@ -80,7 +80,7 @@ def _mixed(batch: Batch, gate: Array, function: Any, keys: Sequence[str], *opera
     def do(values: list[Array]) -> list[Array]:
         return [chosen(function, gate, v, _partner(v), *operands) for v in values]
 
-    names = ["image", *keys]
+    names = ["image", *keys, *[k for k in (INSIDE,) if k in batch]]
     done = lax.cond(jnp.any(gate), do, list, [batch[k] for k in names])
     return {**batch, **dict(zip(names, done, strict=True))}
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from medjax.augment import artefacts, intensity, mixing, spatial, synth
-from medjax.augment.base import Batch, Draws, Scene, Transform
+from medjax.augment.base import INSIDE, Batch, Draws, Scene, Transform
 from medjax.errors import UserError
 
 TRANSFORMS: dict[str, type[Transform]] = {
@@ -153,7 +153,7 @@ def build(config: Mapping[str, Any], tasks: Sequence[str], seed: int | Array) ->
             else:
                 own = None if streams is None else streams[group[0]]
                 batch = transforms[group[0]].apply(batch, made, own, masks)
-        return batch
+        return {k: v for k, v in batch.items() if k != INSIDE}
 
     return augment
 

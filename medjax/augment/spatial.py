@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from medjax.augment.base import Batch, Draws, Scene, Transform, axes, interval, number, share, triple
+from medjax.augment.base import INSIDE, Batch, Draws, Scene, Transform, axes, interval, number, share, triple
 from medjax.errors import UserError
 from medjax.ops import warp
 from medjax.ops.gated import chosen
@@ -286,6 +286,8 @@ def apply(batch: Batch, transforms: Sequence[Transform], joined: Joined, masks: 
     """
     pose = joined.pose
     out = {**batch, "image": warp.warp_image(batch["image"], pose)}
+    if INSIDE in batch:
+        out[INSIDE] = warp.warp_mask(batch[INSIDE], pose)
     for key in masks:
         if jnp.issubdtype(batch[key].dtype, jnp.floating):
             out[key] = warp.warp_image(batch[key][..., None], pose)[..., 0]

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jax import Array, lax
 
-from medjax.augment.base import Batch, Draws, Scene, Transform, interval, share
-from medjax.augment.intensity import normal_like
+from medjax.augment.base import INSIDE, Batch, Draws, Scene, Transform, interval, share
+from medjax.augment.intensity import mean_inside, normal_like
 from medjax.errors import UserError
 from medjax.ops.gated import chosen
 
@@ -22,6 +22,10 @@ from medjax.ops.gated import chosen
 @dataclass(frozen=True, kw_only=True)
 class Paint(Transform):
     """Replaces the image: each label and channel gets a Gaussian of its own, its mean and deviation uniform.
+
+    What the volume is padded with, 0 in all channels and without a label, is no tissue: it is in no cluster, and gets
+    the mean of what is painted, as 0 is of a normalised volume, until 'standardize' sets it to 0 again. So do corners
+    that turned in, and zeros around a brain without its skull. An image of zeros alone is painted in full.
 
     Attributes:
       task: whose mask is painted; may be empty where there is one mask only.
@@ -68,21 +72,29 @@ class Paint(Transform):
                 f"{', '.join(tasks) or 'none'}"
             )
 
-        def one(x: Array, mask: Array, key: Array, table: Array, present: Array) -> Array:
+        def one(x: Array, mask: Array, inside: Array, key: Array, table: Array, present: Array) -> Array:
             label = jnp.mod(mask.astype(jnp.int32), self.labels)
             if self.clusters > 1:
                 level = jnp.where(present, x, 0.0).sum(-1) / jnp.maximum(present.sum(), 1)
-                cluster = divided(level, label == 0, self.clusters)
+                cluster = divided(level, inside & (label == 0), self.clusters)
                 label = jnp.where((label == 0) & (cluster > 0), self.labels - 1 + cluster, label)
             painted = table[0][label] + table[1][label] * normal_like(key, x)
+            painted = jnp.where(inside[..., None], painted, mean_inside(painted, inside))
             return jnp.where(present, painted, 0.0).astype(x.dtype)
 
         on, table, present = plan
         assert keys is not None
         # An example without a label map keeps its image.
         on = on & batch.get(f"{task}/mask", True)
-        image = chosen(one, on, batch["image"], batch[f"{task}/target"], keys, table, present)
-        return {**batch, "image": image}
+        image, mask = batch["image"], batch[f"{task}/target"]
+        inside = batch.get(INSIDE, True) & _inside(image, mask, present)
+        return {**batch, "image": chosen(one, on, image, mask, inside, keys, table, present), INSIDE: inside}
+
+
+def _inside(image: Array, mask: Array, present: Array) -> Array:
+    """bool [B, X, Y, Z]: the voxels that are not padding, see `Paint`."""
+    seen = jnp.any((image != 0) & present[:, None, None, None], axis=-1)
+    return seen | (mask != 0) | ~jnp.any(seen, axis=(1, 2, 3), keepdims=True)
 
 
 def divided(x: Array, mask: Array, k: int) -> Array:
