@@ -34,7 +34,10 @@ _CONSTANT = 1e-3  # spread of a feature relative to its size under which it tell
 
 
 class Pick(NamedTuple):
-    """A case in the order of the ranking. distance: to the nearest case with labels or taken before; nan: not taken."""
+    """A case in the order of the ranking.
+
+    distance: to the nearest case with labels or taken before; inf: there was none; nan: not taken for its distance.
+    """
 
     number: int
     distance: float
@@ -121,6 +124,9 @@ class Judge:
 
     Args:
       mirror: axes; the views are the volume and its flips along them. shapes: of the prepared cases.
+
+    Raises:
+      UserError: in a flip it is not sure what is left and what is right.
     """
 
     def __init__(self, run: Run, mirror: Sequence[int], shapes: Sequence[Sequence[int]]) -> None:
@@ -128,6 +134,10 @@ class Judge:
         self._run, self._predictor = run, run.predictor(shapes)
         choices = ((False, True) if axis in mirror else (False,) for axis in range(3))
         self._flips = [tuple(a for a in range(3) if flips[a]) for flips in itertools.product(*choices)]
+        try:
+            self._swap = sides.views(run.config.augment, self.tasks, mirror, run.plan.orientation)
+        except UserError as error:
+            raise UserError(f"{run.folder}: {error}; here with --mirror") from None
         x = jnp.zeros((1, *run.config.data.patch, len(run.plan.modalities)))
         width = jax.eval_shape(lambda: coarsest(run.model, run.params, x)).shape[1]
 
@@ -145,8 +155,13 @@ class Judge:
         for axes in self._flips:
             found = self._predictor(self._run.params, np.ascontiguousarray(np.flip(image, axes)))
             for name, task in self.tasks.items():
-                p = found[name]
-                views[name].append(np.array(np.flip(p, axes) if task.kind == "dense" else p, np.float64))
+                p = np.array(found[name], np.float64)
+                if task.kind == "dense":
+                    p = np.flip(p, axes)
+                    # What the network calls left in a mirrored volume is right.
+                    for a, b in self._swap.get(name, ()) if 0 in axes else ():
+                        p[..., [a, b]] = p[..., [b, a]]
+                views[name].append(p)
         every = []
         for name, task in self.tasks.items():
             # As many answers as outputs: each has a sigmoid of its own. Two classes from one output exclude each other.
@@ -290,12 +305,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = Run(args.run, kind=args.checkpoint, eval_options={"mirror": ()})
     mirror = views(run.config) if args.mirror is None else tuple(args.mirror)
     if args.by == "disagreement" and not mirror:
+        why = f"{args.run}: was trained without mirroring" if args.mirror is None else "--mirror: names no axis"
         raise UserError(
-            f"{args.run}: was trained without mirroring, so it has one view of a case and nothing to disagree about; "
-            "give --mirror=AXIS..., or rank by --by=entropy"
+            f"{why}, so there is one view of a case and nothing to disagree about; give --mirror AXIS..., or rank by "
+            "--by=entropy"
         )
-    if args.mirror and any(sides.views(run.config.augment, run.tasks, mirror, run.plan.orientation).values()):
-        raise UserError("--mirror: labels of the left and the right trade places along axis 0. Leave it out")
     candidates, labelled, refused = open_cases(run, args.cohort)
     if not candidates and not refused:
         raise UserError(f"{args.cohort}: every case has labels; there is none to choose")
@@ -316,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(f"{'rank':>4}  {'entropy':>8}  {'disagreement':>12}  {'distance':>8}  case")
     for row in table[:count]:
         numbers = (("entropy", 8), ("disagreement", 12), ("distance", 8))
-        said = (f"{row[key]:{width}.3f}".replace("nan", "  -") for key, width in numbers)
+        said = (f"{row[key]:{width}.3f}" if np.isfinite(row[key]) else f"{'-':>{width}}" for key, width in numbers)
         say(f"{row['rank']:4}  {'  '.join(said)}  {row['case']}")
     say(
         f"{count} of {len(kept)} cases chosen, {len(labelled)} have labels; all ranked in {output} (step {run.step}, "
@@ -328,10 +342,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def views(config: Any) -> tuple[int, ...]:
-    """Axes along which a run's volumes were flipped in training, labels staying what they are."""
-    _, swap = sides.mirrored(config.augment)
-    # Where labels trade places, axis 0 is no view: what is left in one is right in the other.
-    return tuple(int(axis) for axis in config.eval.mirror or config.augment.mirror if axis or not swap)
+    """Axes along which a run's volumes are flipped in prediction, or else were in training."""
+    axes, _ = sides.mirrored(config.augment)
+    return tuple(int(axis) for axis in config.eval.mirror or axes)
 
 
 if __name__ == "__main__":

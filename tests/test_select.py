@@ -5,16 +5,22 @@ from __future__ import annotations
 import csv
 import itertools
 import math
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
 from tiny import write_cohort, write_recipe
 from untrained import make_run
 
-from medjax import main, select
+from medjax import config as config_lib
+from medjax import main, models, predict, select, tasks
 from medjax.errors import UserError
 
 
@@ -132,10 +138,68 @@ def test_the_cases_without_labels_are_ranked(run: Path, capsys: pytest.CaptureFi
     assert values == sorted(values, reverse=True)
 
 
-def test_where_left_and_right_trade_places_a_flip_is_no_view(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run", labels={"left lung": 1, "right lung": 2})
-    with pytest.raises(UserError, match="--mirror: labels of the left and the right trade places along axis 0"):
-        select.main([str(folder), str(tmp_path), "--mirror", "0"])
+class _KnowsItsSide:
+    """A network that calls left what lies at low x, as one does that was trained with sides."""
+
+    def apply(self, variables: Any, x: jax.Array, train: bool) -> Any:
+        towards = jnp.broadcast_to((3.5 - jnp.arange(8.0))[:, None, None, None], (*x.shape[:4], 1))
+        low, high, nothing = towards, -towards, jnp.zeros_like(towards)
+        return {
+            "organ": [jnp.concatenate([nothing, nothing - 9, low, high], -1)],
+            "parts": [jnp.concatenate([nothing, low, high], -1)],
+        }
+
+
+def judge_of(monkeypatch: pytest.MonkeyPatch, labels: dict[str, int], augment: Any, mirror: tuple[int, ...]) -> Any:
+    regions = {"all": tuple(labels)[-2:], "left": (list(labels)[-2],), "right": (list(labels)[-1],)}
+    config = config_lib.defaults()
+    job = {"organ": {"type": "segmentation", "levels": 1},
+           "parts": {"type": "segmentation", "levels": 1, "regions": regions}}  # fmt: skip
+    config_lib.merge(config, {"tasks": job, "data": {"patch": (8, 8, 8)}, "augment": augment})
+    options = {"model": models.options, "tasks": tasks.options}
+    config = config_lib.resolve(config, (), lambda room, kind: options[room](kind))
+    built = tasks.build(config.tasks, labels)
+    model = _KnowsItsSide()
+    monkeypatch.setattr(select, "coarsest", lambda model, params, x: jnp.zeros((len(x), 1)))
+    run = SimpleNamespace(config=config, tasks=built, params={}, model=model, folder=Path("run"),
+                          plan=SimpleNamespace(modalities=("CT",), orientation="RAS"),
+                          predictor=lambda shapes: predict.Predictor(config, model, built, shapes))  # fmt: skip
+    return select.Judge(run, mirror, [(8, 8, 8)])
+
+
+LUNGS = {"body": 1, "left lung": 2, "right lung": 3}
+
+
+@pytest.mark.parametrize("augment", [{}, {"mirror": (0,), "swap": ((2, 3),)}])
+def test_left_and_right_trade_places_in_a_flip(augment: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    volume = np.zeros((8, 8, 8, 1), np.float32)
+    alone = judge_of(monkeypatch, LUNGS, augment, ()).uncertainty(volume)
+    assert 0.1 < alone["entropy"] < 0.9
+    # By their names where the run was never mirrored, or as they did in training: the views say the same.
+    flipped = judge_of(monkeypatch, LUNGS, augment, (0, 1)).uncertainty(volume)
+    assert flipped == pytest.approx(alone | {"disagreement": 0.0}, abs=1e-6)
+    # A network that was mirrored and never told the sides apart would have said the same without that.
+    told_nothing = judge_of(monkeypatch, LUNGS, {"mirror": (0,)}, (0,)).uncertainty(volume)
+    assert told_nothing["disagreement"] > 0.2
+    with pytest.raises(UserError, match=r"run: .*'left ventricle' of task 'organ' may have a side.*here with --mirror"):
+        judge_of(monkeypatch, {"left ventricle": 1, "right ventricle": 2}, {}, (0,))
+
+
+@pytest.mark.parametrize(
+    ("sections", "axes"),
+    [
+        ({}, ()),
+        ({"augment": {"mirror": (0, 2)}}, (0, 2)),
+        ({"augment": {"mirror": (0, 2), "swap": ((1, 2),)}}, (0, 2)),
+        ({"augment": {"policy": "nnunet"}}, (0, 1, 2)),
+        ({"augment": {"transforms": (("noise", {}), ("mirror", {"axes": (1,)}))}}, (1,)),
+        ({"augment": {"policy": "nnunet"}, "eval": {"mirror": (2,)}}, (2,)),
+    ],
+)
+def test_the_views_are_those_of_prediction_or_training(sections: Any, axes: tuple[int, ...]) -> None:
+    config = config_lib.defaults()
+    config_lib.merge(config, sections)
+    assert select.views(config) == axes
 
 
 def test_a_folder_of_volumes_will_do(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -147,8 +211,14 @@ def test_a_folder_of_volumes_will_do(run: Path, tmp_path: Path, capsys: pytest.C
         select.main([str(run), str(tmp_path), "--count=9", f"--output={tmp_path / 'out.csv'}"])
     rows = table(tmp_path / "out.csv")
     assert {r["case"] for r in rows} == {"banana", "case1", "case2"}
-    assert "banana" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "banana" in out
+    assert re.search(rf"1  +0\.\d+  +0\.\d+ +-  {rows[0]['case']}", out)
+    assert "inf" not in out
     assert all(r["label"] == "yes" for r in rows)
+    # No case has labels: the first is near to none.
+    assert rows[0]["distance"] == ""
+    assert all(float(r["distance"]) > 0 for r in rows[1:])
 
 
 def test_what_cannot_work_is_refused_in_words(run: Path, tmp_path: Path) -> None:
@@ -157,7 +227,8 @@ def test_what_cannot_work_is_refused_in_words(run: Path, tmp_path: Path) -> None
     for arguments, words in (
         ([str(run), cohort, "--count=0"], "--count=0"),
         ([str(run), cohort, "--pool=0.5"], "--pool=0.5"),
-        ([str(run), cohort, "--by=disagreement", "--mirror"], "trained without mirroring"),
+        ([str(run), cohort, "--by=disagreement", "--mirror"], "--mirror: names no axis, so there is one view"),
+        ([str(make_run(tmp_path / "never")), cohort, "--by=disagreement"], "never: was trained without mirroring"),
         ([str(run), str(tmp_path / "none")], "none"),
         ([str(tmp_path), cohort], "holds no checkpoint"),
     ):
