@@ -158,6 +158,19 @@ def test_nothing_to_predict_is_worth_nothing(objective: str, normalize: bool) ->
     assert not np.asarray(shown["prediction"][..., 0]).any()
 
 
+def test_what_is_explained_is_more_than_the_mean_of_a_channel() -> None:
+    """Two channels that lie far apart: to know that much is to know nothing."""
+    apart = IMAGE + jnp.asarray([0.0, 50.0])
+    hidden = jnp.asarray(RNG.random((2, 4, 4, 4)) < 0.6)
+    counted = np.asarray(spread(hidden, SIZE))
+    means = np.stack([np.asarray(apart)[row][counted[row]].mean(0) for row in range(2)])
+    task, batch = Masked("m"), batch_of(apart)
+    flat = jnp.broadcast_to(jnp.asarray(means)[:, None, None, None], IMAGE.shape)
+    np.testing.assert_allclose(task.measure([flat, hidden], batch)["explained"], 0, atol=1e-4)
+    half = task.measure([flat + 0.5 * (apart - flat), hidden], batch)["explained"]
+    np.testing.assert_allclose(half, 0.75, atol=1e-4)
+
+
 def test_blocks_are_as_many_as_asked_and_each_examples_own() -> None:
     task = Masked("m", block=BLOCK, ratio=0.6)
     whole = prepared(task, 0, batch_of())["m/visible"]

@@ -40,16 +40,16 @@ def weights(image: Array, counted: Array, channels: Array) -> Array:
     return blocks & channels[:, None, None, None, None, :]
 
 
-def moments(blocks: Array, weight: Array) -> tuple[Array, Array]:
-    """Mean and standard deviation (of variance + 1e-6) of each block and channel over what counts, [B, GX, GY, GZ, C].
+def moments(blocks: Array, weight: Array, axes: Sequence[int] = (4,)) -> tuple[Array, Array]:
+    """Mean and standard deviation (of variance + 1e-6) over what counts of some axes, which stay with length 1.
 
     Args:
-      blocks: float32 [B, GX, GY, GZ, V, C]. weight: as of `weights`.
+      blocks: float32 [B, GX, GY, GZ, V, C]. weight: as of `weights`. axes: of each block alone (4), or (1, 2, 3, 4).
     """
-    number = jnp.maximum(weight.sum(-2), 1)
-    mean = jnp.where(weight, blocks, 0.0).sum(-2) / number
-    square = jnp.where(weight, jnp.square(blocks - mean[..., None, :]), 0.0)
-    return mean, jnp.sqrt(square.sum(-2) / number + _EPS)
+    number = jnp.maximum(weight.sum(axes, keepdims=True), 1)
+    mean = jnp.where(weight, blocks, 0.0).sum(axes, keepdims=True) / number
+    square = jnp.where(weight, jnp.square(blocks - mean), 0.0)
+    return mean, jnp.sqrt(square.sum(axes, keepdims=True) / number + _EPS)
 
 
 def targets(image: Array, weight: Array, normalize: bool) -> Array:
@@ -61,7 +61,7 @@ def targets(image: Array, weight: Array, normalize: bool) -> Array:
     blocks = to_blocks(image.astype(jnp.float32), weight.shape[1:4])
     if normalize:
         mean, std = moments(blocks, weight)
-        blocks = (blocks - mean[..., None, :]) / std[..., None, :]
+        blocks = (blocks - mean) / std
     return blocks
 
 

@@ -50,10 +50,8 @@ class Reconstruction(Pretext):
         weight = reconstruction.weights(batch["image"], counted, batch["modality"])
         wanted = reconstruction.targets(batch["image"], weight, self.normalize)
         blocks = reconstruction.to_blocks(prediction.astype(jnp.float32), counted.shape[1:])
-        # Of targets that are normalised block by block the mean is 0; else it is that of what is predicted.
-        middle = jnp.zeros(())
-        if not self.normalize:
-            middle = reconstruction.mean_of(wanted, weight)[:, None, None, None, None, None]
+        # About each channel's own mean: how channels lie to each other is known without a network.
+        middle, _ = reconstruction.moments(wanted, weight, (1, 2, 3, 4))
         variance = reconstruction.error(middle, wanted, weight, "l2")
         varies = variance > 1e-8
         share = reconstruction.error(blocks, wanted, weight, "l2") / jnp.where(varies, variance, 1.0)
@@ -68,7 +66,7 @@ class Reconstruction(Pretext):
         if self.normalize:
             own = reconstruction.to_blocks(image.astype(jnp.float32), grid)
             mean, std = reconstruction.moments(own, weight)
-            blocks = reconstruction.to_blocks(prediction, grid) * std[..., None, :] + mean[..., None, :]
+            blocks = reconstruction.to_blocks(prediction, grid) * std + mean
             prediction = reconstruction.from_blocks(blocks, size)
         hidden = spread(counted, image.shape[1:4])[..., None]
         seen = jnp.where(hidden, image.min(), image)
