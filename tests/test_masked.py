@@ -171,6 +171,26 @@ def test_what_is_explained_is_more_than_the_mean_of_a_channel() -> None:
     np.testing.assert_allclose(half, 0.75, atol=1e-4)
 
 
+def test_flat_air_is_not_blown_up() -> None:
+    """A block of little noise keeps it in proportion to the image; others have deviation 1, whatever the scale."""
+    task = Masked("m", normalize=True)
+    for scale in (1.0, 1e3):
+        image = scale * (IMAGE.at[:, :4].set(1e-3 * IMAGE[:, :4]) + 1.0)
+        hidden = jnp.ones((2, 4, 4, 4), bool)
+        weight = reconstruction.weights(image, hidden, jnp.ones((2, 2), bool))
+        std = np.asarray(reconstruction.targets(image, weight, True).std(4))
+        np.testing.assert_allclose(std[:, 1:], 1.0, rtol=1e-3)
+        own = np.asarray(image).std((1, 2, 3))
+        blocks = np.asarray(reconstruction.to_blocks(image, (4, 4, 4)))[:, 0].std(3)
+        np.testing.assert_allclose(std[:, 0], blocks / (0.05 * own[:, None, None]), rtol=1e-2)
+        assert 0.01 < std[:, 0].max() < 0.04
+        # What is shown is in the image's own values again.
+        shown = task.show(
+            [reconstruction.from_blocks(reconstruction.targets(image, weight, True), BLOCK), hidden], batch_of(image)
+        )
+        np.testing.assert_allclose(shown["prediction"], image[0], rtol=1e-4, atol=1e-4 * scale)
+
+
 def test_blocks_are_as_many_as_asked_and_each_examples_own() -> None:
     task = Masked("m", block=BLOCK, ratio=0.6)
     whole = prepared(task, 0, batch_of())["m/visible"]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 _EPS = 1e-6
+_FLOOR = 0.05  # least deviation of a block, in that of its image
 
 
 def to_blocks(volume: Array, grid: Sequence[int]) -> Array:
@@ -52,15 +53,25 @@ def moments(blocks: Array, weight: Array, axes: Sequence[int] = (4,)) -> tuple[A
     return mean, jnp.sqrt(square.sum(axes, keepdims=True) / number + _EPS)
 
 
+def block_moments(blocks: Array, weight: Array) -> tuple[Array, Array]:
+    """The moments of each block and channel that 'normalize' goes by, [B, GX, GY, GZ, 1, C].
+
+    The deviation is at least 0.05 of the image's own, its channel's over all that counts: a block of flat air would
+    else be as much to predict as one of tissue, and be its noise.
+    """
+    mean, std = moments(blocks, weight)
+    return mean, jnp.maximum(std, _FLOOR * moments(blocks, weight, (1, 2, 3, 4))[1])
+
+
 def targets(image: Array, weight: Array, normalize: bool) -> Array:
     """What is to be predicted, float32 [B, GX, GY, GZ, V, C].
 
     `normalize`: each block less its mean, over its standard deviation, per channel (He et al. 2022), both over what
-    counts.
+    counts (`block_moments`).
     """
     blocks = to_blocks(image.astype(jnp.float32), weight.shape[1:4])
     if normalize:
-        mean, std = moments(blocks, weight)
+        mean, std = block_moments(blocks, weight)
         blocks = (blocks - mean) / std
     return blocks
 

@@ -21,7 +21,8 @@ class Autoregressive(Reconstruction):
       name: the task's name.
       order: 'raster' (x slowest, z fastest), or 'random': an order of its own for each example.
       objective: 'l2' or 'l1'.
-      normalize: predict each token's voxels less their mean over their standard deviation, channel by channel.
+      normalize: predict each token's voxels less their mean over their standard deviation, channel by channel, as of
+        `medjax.tasks.masked.Masked`.
       hidden: channels of the head's MLP. depth: its hidden layers.
       weight: of this task among several.
     """

@@ -65,7 +65,7 @@ class Reconstruction(Pretext):
         weight = reconstruction.weights(image, counted, batch["modality"][:1])
         if self.normalize:
             own = reconstruction.to_blocks(image.astype(jnp.float32), grid)
-            mean, std = reconstruction.moments(own, weight)
+            mean, std = reconstruction.block_moments(own, weight)
             blocks = reconstruction.to_blocks(prediction, grid) * std + mean
             prediction = reconstruction.from_blocks(blocks, size)
         hidden = spread(counted, image.shape[1:4])[..., None]
@@ -94,7 +94,8 @@ class Masked(Reconstruction):
         of a transformer's patch. The volume patch (`data.patch`) is a multiple of it.
       ratio: share of the blocks that is hidden, rounded to whole blocks; at least one is and one is not.
       objective: 'l2' or 'l1'.
-      normalize: predict each block less its mean over its standard deviation, channel by channel.
+      normalize: predict each block less its mean over its standard deviation, channel by channel; the deviation is at
+        least 0.05 of that of all that is predicted in the channel, so that flat air is not blown up to its noise.
       decoder: of 'mae' in a convolutional network: 'light' or 'backbone', whose own decoder is so pretrained too.
       features: channels of the light decoder. depth, heads: of its transformer.
       weight: of this task among several.
