@@ -53,7 +53,8 @@ def _ours(case: str, dtype: str, ratio: float) -> Setup:
         # Nothing hidden is no task, but it is what the others are measured against.
         hide = lambda ratio, blocks: round(ratio * blocks)  # noqa: E731
         masked.hidden_blocks = pretext.hidden_blocks = hide
-        task = masked.Masked("mae", block=(block,) * 3, ratio=0.5, decoder="backbone", **_DECODER)
+        decoder = "light" if case == "vit" else "backbone"
+        task = masked.Masked("mae", block=(block,) * 3, ratio=0.5, decoder=decoder, **_DECODER)
         object.__setattr__(task, "ratio", ratio)
         net: Any = ViT(patch=(block,) * 3, dtype=kind, **options) if case == "vit" else UNet(dtype=kind, **options)
         model = Model(net, {"mae": task.head()})

@@ -339,6 +339,8 @@ def test_what_cannot_be_masked_is_refused() -> None:
         (vit, Masked("m", block=BLOCK, features=9, heads=2), "no multiple of its heads 2"),
         (deep, small, "multiple of the network's total downsampling"),
         (NETS["resnet"], own, "no decoder of its own"),
+        (vit, own, "decoder='backbone' is for convolutional networks, not ViT"),
+        (UNETR(features=12, depth=4, heads=2, mlp=16, patch=(2, 2, 2), decoder_features=4), own, "not UNETR"),
         (swin, small, "use 'simmim'"),
         (swin.clone(remat=True), small, "use 'simmim'"),
     ):

@@ -75,6 +75,12 @@ class MaskedHead(PretextHead):
             pyramid = backbone(jnp.where(seen, image, filling), train=train)
             prediction = ToImage(image.shape[-1], name="out")(pyramid, image)
         elif isinstance(backbone, ViT):
+            if self.decoder == "backbone":
+                raise UserError(
+                    "masked pretraining: decoder='backbone' is for convolutional networks, not "
+                    f"{type(backbone).__name__}: of a transformer 'mae' pretrains the encoder alone; use "
+                    "decoder='light', or method='simmim'"
+                )
             prediction = self._tokens(backbone, image, visible, train)
         else:
             prediction = self._sparse(backbone, image, visible, train)
