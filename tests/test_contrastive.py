@@ -184,6 +184,12 @@ def test_what_is_refused() -> None:
     view = {"image": jnp.zeros((1, 2, 12, 9, 12, 1))}
     with pytest.raises(UserError, match=r"views of \(12, 9, 12\) voxels are no multiple of the network"):
         jax.eval_shape(lambda: model.bind({"params": {}}).heads["c"](model.backbone, view))
+    for crop in ((0, 0, 0), (12, -4, 12), (12, 12)):
+        with pytest.raises(UserError, match=r"tasks\.c\.crop=.*three numbers of voxels from 1 on, or none"):
+            Contrastive("c", crop=crop)
+    for key in ("features", "hidden"):
+        with pytest.raises(UserError, match=rf"tasks\.c\.{key}=0: needs a number from 1 on"):
+            Contrastive("c", **{key: 0})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="temperature"):
         Contrastive("c", temperature=0.0)
     with pytest.raises(UserError, match="unknown 'blurr'"):

@@ -323,6 +323,13 @@ def test_ratio_is_a_share(ratio: float) -> None:
         Masked("m", ratio=ratio)
 
 
+@pytest.mark.parametrize("option", [{"features": 0}, {"depth": -1}, {"heads": 0}, {"heads": -2}])
+def test_sizes_of_the_light_decoder(option: dict[str, int]) -> None:
+    ((key, value),) = option.items()
+    with pytest.raises(UserError, match=rf"tasks\.m\.{key}={value}: needs a number from"):
+        Masked("m", **option)  # type: ignore[arg-type]
+
+
 def test_what_cannot_be_masked_is_refused() -> None:
     with pytest.raises(UserError, match="hides 0"):
         Masked("m", ratio=0.2).check((32, 16, 16))

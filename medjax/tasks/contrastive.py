@@ -65,6 +65,8 @@ class Contrastive(Pretext):
     def __post_init__(self) -> None:
         self.one_of("method", ("simclr", "vicreg"))
         self.one_of("scope", ("global", "local"))
+        self.from_to("features", 1)
+        self.from_to("hidden", 1)
         if not self.temperature > 0:
             raise UserError(f"{self.where('temperature')}={self.temperature}: must be above 0")
         if len(self.terms) != 3 or self.places < 2 or not set(self.mirror) <= {0, 1, 2}:
@@ -72,8 +74,8 @@ class Contrastive(Pretext):
                 f"{self.where('terms')}={tuple(self.terms)}: three weights; places={self.places}: at least 2; "
                 f"mirror={tuple(self.mirror)}: of the axes 0, 1 and 2"
             )
-        if len(self.crop) not in (0, 3):
-            raise UserError(f"{self.where('crop')}={tuple(self.crop)}: three numbers of voxels, or none")
+        if len(self.crop) not in (0, 3) or any(c < 1 for c in self.crop):
+            raise UserError(f"{self.where('crop')}={tuple(self.crop)}: three numbers of voxels from 1 on, or none")
         moving = [t.name for t in self._looks[0] if isinstance(t, spatial.Spatial)]
         if self.scope == "local" and moving:
             raise UserError(

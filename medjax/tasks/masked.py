@@ -117,6 +117,9 @@ class Masked(Reconstruction):
         self.one_of("method", ("mae", "simmim"))
         self.one_of("objective", ("l2", "l1"))
         self.one_of("decoder", ("light", "backbone"))
+        self.from_to("features", 1)
+        self.from_to("depth", 0)
+        self.from_to("heads", 1)
         if not 0 < self.ratio < 1:
             raise UserError(
                 f"{self.where('ratio')}={self.ratio}: between 0 and 1, both excluded: with nothing hidden there is "
