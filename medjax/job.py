@@ -53,6 +53,7 @@ def open_job(config: ConfigDict) -> Job:
         evaluate.output_files(job, Path(split), [case.id for case in splits[split]])
     for task in tasks.self_supervised(job).values():
         task.check(config.data.patch)
+        task.check_rows(parallel.rows_together(config, parallel.make_mesh(config.mesh)))
     measures.check(config.measures, config.data, job, splits)
     confirm.rules(config.eval.confirm, job)
     tasks.build(tasks.read_as(config.tasks, config.eval.tasks), cohort.labels)

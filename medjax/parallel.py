@@ -112,6 +112,11 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
         )
 
 
+def rows_together(config: Any, mesh: Mesh) -> int:
+    """Rows of a batch that one call of a loss sees: of an accumulation round, under 'pmap' of one device."""
+    return config.data.batch_size // config.optim.accumulate // (ways(mesh) if config.parallel == "pmap" else 1)
+
+
 def check_mode(mode: str, mesh: Mesh) -> None:
     """Raises UserError unless `config.parallel` is known and can do what the mesh asks for."""
     if mode not in MODES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,9 @@ import pytest
 from test_masked import batch_of, parameters, prepared
 from tiny import RECIPE, write_cohort
 
-from medjax import main, tasks
+from medjax import config as config_lib
+from medjax import job as job_lib
+from medjax import main, models, parallel, tasks
 from medjax.errors import UserError
 from medjax.losses import contrastive as losses
 from medjax.models.heads import log_share
@@ -194,6 +197,38 @@ def test_what_is_refused() -> None:
         Contrastive("c", temperature=0.0)
     with pytest.raises(UserError, match="unknown 'blurr'"):
         Contrastive("c", transforms=(("blurr", {}),))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "seen"),
+    [
+        (("data.batch_size=1",), 1),
+        (("data.batch_size=4", "optim.accumulate=4"), 1),
+        (("data.batch_size=2", "parallel=pmap"), 2),
+    ],
+)
+def test_a_view_alone_has_nothing_to_be_told_from(tmp_path: Path, overrides: tuple[str, ...], seen: int) -> None:
+    cohort = write_cohort(tmp_path / "cohort", n=3)
+    text, task = RECIPE.format(cohort=str(cohort)), '{"whole": {"type": "contrastive"}}'
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(text.replace('{"spheres": {"type": "segmentation", "levels": 1}}', task))
+    options: dict[str, Any] = {"model": models.options, "tasks": tasks.options}
+
+    def load(*more: str) -> Any:
+        return config_lib.load(str(recipe), (*overrides, *more), lambda room, kind: options[room](kind))
+
+    config = load()
+    assert parallel.rows_together(config, parallel.make_mesh(config.mesh)) == seen
+    if seen > 1:
+        job_lib.open_job(config)
+        two = SimpleNamespace(shape={"data": 2, "fsdp": 1})
+        assert parallel.rows_together(config, two) == 1  # type: ignore[arg-type]
+        return
+    with pytest.raises(
+        UserError, match=r"tasks\.whole\.scope='global' compares examples with others, and its loss sees 1 at a time"
+    ):
+        job_lib.open_job(config)
+    job_lib.open_job(load("tasks.whole.scope=local"))
 
 
 def test_through_the_spine(tmp_path: Path) -> None:

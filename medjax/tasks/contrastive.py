@@ -93,6 +93,14 @@ class Contrastive(Pretext):
             more = ", and locally more than half of it, so that any two overlap" if self.scope == "local" else ""
             raise UserError(f"{self.where('crop')}={tuple(size)} in patches of {tuple(patch)}: at most the patch{more}")
 
+    def check_rows(self, rows: int) -> None:
+        if self.scope == "global" and rows < 2:
+            raise UserError(
+                f"{self.where('scope')}='global' compares examples with others, and its loss sees {rows} at a time "
+                "(data.batch_size / optim.accumulate, with parallel='pmap' of one device): make that 2 or more, "
+                "as many as memory allows, or use scope='local'"
+            )
+
     def head(self) -> ContrastHead:
         return ContrastHead(self.features, self.hidden, self.scope == "local")
 

@@ -39,6 +39,9 @@ class Pretext(Defaults):
     def check(self, patch: Sequence[int]) -> None:
         """Raises UserError for a patch (`data.patch`) that the task cannot use."""
 
+    def check_rows(self, rows: int) -> None:
+        """Raises UserError for a batch of which one call of `loss` sees too few rows."""
+
     def fit(self, known: Sequence[Any]) -> dict[str, Any]:
         return {}
 
