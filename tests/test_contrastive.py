@@ -51,6 +51,54 @@ def test_info_nce_by_hand() -> None:
     assert np.isfinite(np.asarray(loss)).all()
 
 
+def test_doubles_are_no_negatives() -> None:
+    """Rows drawn twice: as if they had been drawn once, but that each of the two is asked."""
+    a, b = (jnp.asarray(v) for v in RNG.normal(size=(2, 3, 5)))
+    once, found = losses.info_nce(a, b, 0.2, jnp.ones(3, bool))
+    twice = jnp.asarray([0, 1, 2, 1])
+    which = jnp.concatenate([twice, 10 + twice])
+    loss, again = losses.info_nce(a[twice], b[twice], 0.2, jnp.ones(4, bool), which)
+    # Of rows 1 and 3 neither sees the other; rows 0 and 2 see both.
+    np.testing.assert_allclose(loss[1], once[1], rtol=1e-5)
+    np.testing.assert_allclose(loss[3], once[1], rtol=1e-5)
+    assert float(again[1]) == float(found[1])
+    wrong, _ = losses.info_nce(a[twice], b[twice], 0.2, jnp.ones(4, bool))
+    assert float(wrong[1]) > float(loss[1]) + 0.1
+
+
+def test_places_of_a_coarse_voxel_are_one() -> None:
+    """A network whose finest level is 4 times coarser: places in one voxel have one vector, and no quarrel."""
+
+    class Coarse(nn.Module):
+        def total_factor(self) -> tuple[int, int, int]:
+            return (4, 4, 4)
+
+        @nn.compact
+        def __call__(self, x: Any, *, train: bool = False) -> Any:
+            return [x[:, ::4, ::4, ::4]]
+
+    task = Contrastive("c", scope="local", mirror=(), transforms=(), places=80, features=6, hidden=8)
+    model = Model(Coarse(), {"c": task.head()})
+    image = jnp.asarray(RNG.normal(size=(2, 16, 16, 16, 3)), jnp.float32)
+    params = parameters(model, image, train=True)
+    batch = prepared(task, 0, batch_of(image))
+    outputs: Any = jax.jit(
+        lambda b: model.apply(params, b["image"], train=True, views=tasks.views({"c": task}, b))["c"]
+    )(batch)
+    vectors, cells = outputs
+    assert cells.shape == (2, 2, 80)
+    places = np.asarray(batch["c/places"]) // 4
+    wanted = np.ravel_multi_index(tuple(np.moveaxis(places, -1, 0)), (4, 4, 4)) + 64 * np.arange(4).reshape(2, 2, 1)
+    np.testing.assert_array_equal(cells, wanted)
+    # 80 places in 64 voxels, the same in both views as nothing is cut or mirrored: every partner is found.
+    assert len(np.unique(wanted[0, 0])) < 80
+    measured = task.measure(outputs, batch)
+    np.testing.assert_array_equal(measured["found"], 1)
+    apart = task.measure([vectors, jnp.arange(320).reshape(2, 2, 80)], batch)
+    assert (np.asarray(apart["found"]) < 0.8).all()
+    assert (np.asarray(measured["error"]) < np.asarray(apart["error"])).all()
+
+
 def test_vicreg_by_hand() -> None:
     a, b = RNG.normal(size=(2, 6, 4))
     real = np.array([True] * 5 + [False])
@@ -121,9 +169,10 @@ def test_vectors_follow_views(options: dict[str, Any]) -> None:
 
     def loss(params: Any) -> Any:
         outputs: Any = model.apply(params, batch["image"], train=True, views=tasks.views({"c": task}, batch))
-        return task.loss(outputs["c"], batch).mean(), outputs["c"][0]
+        return task.loss(outputs["c"], batch).mean(), outputs["c"]
 
-    (value, vectors), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    (value, outputs), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    vectors = outputs[0]
     assert vectors.shape == ((3, 2, 6, 6) if task.scope == "local" else (3, 2, 6))
     assert np.isfinite(float(value))
     encoder = gradient["params"]["backbone"]["encoder0"]
@@ -131,7 +180,7 @@ def test_vectors_follow_views(options: dict[str, Any]) -> None:
     decoder = gradient["params"]["backbone"]["decoder0"]
     # Locally the decoder is trained too; globally it is left alone.
     assert any(np.asarray(g).any() for g in jax.tree.leaves(decoder)) == (task.scope == "local")
-    found = task.measure([vectors], batch)
+    found = task.measure(outputs, batch)
     assert set(found) == {"error", "found"}
 
 

@@ -15,12 +15,14 @@ def unit(x: Array) -> Array:
     return x * lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
 
 
-def info_nce(a: Array, b: Array, temperature: float, counted: Array) -> tuple[Array, Array]:
+def info_nce(a: Array, b: Array, temperature: float, counted: Array, which: Array | None = None) -> tuple[Array, Array]:
     """NT-Xent (Chen et al. 2020): each of the 2 N vectors must find its partner among the 2 N - 1 others.
 
     Args:
       a, b: [N, D], rows i of both belong together. temperature: of the softmax over cosines.
       counted: bool [N]; rows that do not count are nobody's negatives.
+      which: int [2 N], of `a`, then of `b`: vectors of one number are the same vector. A vector is then no negative of
+        itself, nor its partner's double of the partner.
 
     Returns:
       `(loss, found)` [N]: the mean of the two directions; the share of the two whose partner is the nearest.
@@ -29,8 +31,12 @@ def info_nce(a: Array, b: Array, temperature: float, counted: Array) -> tuple[Ar
     n = a.shape[0]
     logits = z @ z.T / temperature
     there = jnp.concatenate([counted, counted])
-    logits = jnp.where(there[None, :] & ~jnp.eye(2 * n, dtype=bool), logits, _NOTHING)
     partner = jnp.roll(jnp.eye(2 * n, dtype=bool), n, axis=1)
+    barred = jnp.eye(2 * n, dtype=bool)
+    if which is not None:
+        same = which[:, None] == which[None, :]
+        barred |= (same | jnp.roll(same, n, axis=0)) & ~partner
+    logits = jnp.where(there[None, :] & ~barred, logits, _NOTHING)
     right = jnp.where(partner, logits, 0.0).sum(1)
     best = jnp.where(partner, _NOTHING, logits).max(1)
     top = lax.stop_gradient(logits.max(1, keepdims=True))

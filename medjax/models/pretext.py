@@ -205,7 +205,8 @@ class ContrastHead(PretextHead):
       local: vectors of places (voxels of the finest level), not of whole views: of these `maps` shares of the coarsest
         level's voxels are taken (`heads.log_share`), as the mean right after an instance norm says next to nothing.
 
-    Returns `[vectors float32 [B, 2, D]]`, locally `[B, 2, P, D]`.
+    Returns `[vectors float32 [B, 2, D]]`, locally `[vectors [B, 2, P, D], cells int32 [B, 2, P]]`: voxels of the finest
+    level, numbered over the batch. Places within one have one vector between them.
     """
 
     features: int = 64
@@ -236,12 +237,16 @@ class ContrastHead(PretextHead):
             finest = pyramid[0]
             stride = jnp.asarray([a // b for a, b in zip(image.shape[2:5], finest.shape[1:4], strict=True)])
             x, y, z = jnp.moveaxis(place // stride, -1, 0)
+            own = jnp.ravel_multi_index((x, y, z), finest.shape[1:4], mode="clip")
+            cells = own + math.prod(finest.shape[1:4]) * jnp.arange(2 * rows)[:, None]
             x = jax.vmap(lambda f, i, j, k: f[i, j, k])(finest, x, y, z)
         else:
+            cells = None
             x = log_share((end.levels or pyramid)[-1], self.maps, "maps")
         x = gelu(LayerNorm(name="norm")(nn.Dense(self.hidden, name="hidden")(x.astype(jnp.float32))))
         x = nn.Dense(self.features, name="out")(x)
-        return [x.reshape(rows, 2, *x.shape[1:])]
+        vectors = x.reshape(rows, 2, *x.shape[1:])
+        return [vectors] if cells is None else [vectors, cells.reshape(rows, 2, -1)]
 
 
 class ToImage(nn.Module):

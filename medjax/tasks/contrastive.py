@@ -36,7 +36,8 @@ class Contrastive(Pretext):
         2022): equal, but varied over the batch. Both want batches of many examples; the batch is what one accumulation
         round holds, over all devices.
       scope: 'global', vectors of the coarsest level as a whole; or 'local', vectors of places that both views show, for
-        segmentation: the same place is the partner, all other places of all views are not.
+        segmentation: the same place is the partner, all other places of all views are not (save those that lie in
+        one voxel of the network's finest level).
       crop: voxels of a view along (x, y, z); empty: the whole patch. Locally more than half of the patch. A multiple of
         the network's total downsampling.
       mirror: axes along which a view is flipped with p ½.
@@ -159,7 +160,9 @@ class Contrastive(Pretext):
         each = pairs.shape[2]
         a, b = (pairs[:, i].reshape(-1, width) for i in (0, 1))
         counted = jnp.repeat(real, each)
-        loss, found = losses.info_nce(a, b, self.temperature, counted)
+        # Places that a coarse level does not tell apart are one.
+        which = jnp.moveaxis(outputs[1], 1, 0).reshape(-1) if self.scope == "local" else None
+        loss, found = losses.info_nce(a, b, self.temperature, counted, which)
         if self.method == "vicreg":
             loss = losses.vicreg(a, b, counted, (self.terms[0], self.terms[1], self.terms[2]))
         return loss.reshape(rows, each).mean(1), found.reshape(rows, each).mean(1)
