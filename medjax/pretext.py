@@ -64,6 +64,8 @@ class Examiner:
     def rows(self, params: Any) -> dict[str, list[dict[str, Any]]]:
         """Task -> rows for its `summarize`, one a case."""
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in self.tasks}
+        for task in self.tasks.values():
+            task.check_cases(len(self._who))
         for first in range(0, len(self._who), self._size):
             who = self._who[first : first + self._size]
             measured = jax.device_get(self._measure(params, self._batch(first)))
@@ -93,9 +95,11 @@ class Examiner:
         return drawn
 
     def _batch(self, first: int, size: int | None = None) -> pipeline.Row:
-        """Rows from `first` on; the last batch is filled with rows that are not valid."""
+        """Rows from `first` on. The last batch is filled up with the first ones, so that in each as many are compared;
+        with rows that are not valid where there are no others."""
         size = size or self._size
         chosen = self._patches[first : first + size]
+        chosen += self._patches[: min(size - len(chosen), first)]
         rows = [*chosen, *[{**chosen[0], "valid": np.asarray(False)}] * (size - len(chosen))]
         return {k: np.stack([row[k] for row in rows]) for k in rows[0]}
 

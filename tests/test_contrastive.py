@@ -25,6 +25,7 @@ from medjax.models.layers import InstanceNormAct
 from medjax.models.model import Model
 from medjax.models.pretext import ContrastHead
 from medjax.models.unet import UNet
+from medjax.pretext import Examiner
 from medjax.tasks.contrastive import Contrastive
 
 RNG = np.random.default_rng(0)
@@ -246,6 +247,30 @@ def test_what_is_refused() -> None:
         Contrastive("c", temperature=0.0)
     with pytest.raises(UserError, match="unknown 'blurr'"):
         Contrastive("c", transforms=(("blurr", {}),))
+
+
+def test_cases_are_compared_with_as_many_whatever_is_left_over() -> None:
+    """Of 5 cases in batches of 4 the last is judged among four; alone it would find its partner whatever it knew."""
+    task = Contrastive("c", crop=(12, 12, 12), transforms=(), features=6, hidden=8)
+    model = Model(UNet(features=(4, 8), convs=1, decoder_convs=1), {"c": task.head()})
+    image = np.asarray(RNG.normal(size=(5, 16, 16, 16, 1)), np.float32)
+    params = parameters(model, jnp.asarray(image[:1]), train=True)["params"]
+    config = SimpleNamespace(seed=0, data=SimpleNamespace(patch=(16, 16, 16), batch_size=4))
+    everything = {k: np.asarray(v) for k, v in batch_of(jnp.asarray(image)).items()}
+    examiner = Examiner(config, model, {"c": task})
+
+    def judged(order: list[int]) -> dict[int, Any]:
+        examiner._patches = [{k: v[i] for k, v in everything.items()} for i in order]
+        examiner._who = [(i, i) for i in order]
+        return {row["case"]: (row["error"], row["found"]) for row in examiner.rows(params)["c"]}
+
+    found = judged([0, 1, 2, 3, 4])
+    assert list(found) == [0, 1, 2, 3, 4]
+    np.testing.assert_allclose(found[4], judged([4, 0, 1, 2])[4], rtol=1e-5)
+    np.testing.assert_allclose(found[1], judged([0, 1, 2, 3])[1], rtol=1e-5)
+    assert found[4][0] > 0.1
+    # Nothing to be compared with: nothing found.
+    assert judged([2])[2][1] == 0
 
 
 @pytest.mark.parametrize(

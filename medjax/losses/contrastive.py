@@ -25,7 +25,8 @@ def info_nce(a: Array, b: Array, temperature: float, counted: Array, which: Arra
         itself, nor its partner's double of the partner.
 
     Returns:
-      `(loss, found)` [N]: the mean of the two directions; the share of the two whose partner is the nearest.
+      `(loss, found)` [N]: the mean of the two directions; the share of the two whose partner is the nearest,
+      0 where there is nothing else.
     """
     z = unit(jnp.concatenate([a, b]))
     n = a.shape[0]
@@ -41,7 +42,8 @@ def info_nce(a: Array, b: Array, temperature: float, counted: Array, which: Arra
     best = jnp.where(partner, _NOTHING, logits).max(1)
     top = lax.stop_gradient(logits.max(1, keepdims=True))
     loss = jnp.log(jnp.exp(logits - top).sum(1)) + top[:, 0] - right
-    return loss.reshape(2, n).mean(0), (right > best).astype(jnp.float32).reshape(2, n).mean(0)
+    found = (right > best) & (best > _NOTHING)
+    return loss.reshape(2, n).mean(0), found.astype(jnp.float32).reshape(2, n).mean(0)
 
 
 def vicreg(a: Array, b: Array, counted: Array, weights: tuple[float, float, float] = (25.0, 25.0, 1.0)) -> Array:

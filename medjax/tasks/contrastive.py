@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from medjax.augment import policy, spatial
-from medjax.errors import UserError
+from medjax.errors import UserError, warn_once
 from medjax.losses import contrastive as losses
 from medjax.models.pretext import ContrastHead
 from medjax.tasks.pretext import Pretext
@@ -100,6 +100,13 @@ class Contrastive(Pretext):
                 f"{self.where('scope')}='global' compares examples with others, and its loss sees {rows} at a time "
                 "(data.batch_size / optim.accumulate, with parallel='pmap' of one device): make that 2 or more, "
                 "as many as memory allows, or use scope='local'"
+            )
+
+    def check_cases(self, cases: int) -> None:
+        if self.scope == "global" and cases == 1:
+            warn_once(
+                f"task '{self.name}': one case cannot be compared with others, and 'found' is 0; have 2 cases or more "
+                "to judge it by"
             )
 
     def head(self) -> ContrastHead:

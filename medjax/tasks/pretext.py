@@ -42,6 +42,9 @@ class Pretext(Defaults):
     def check_rows(self, rows: int) -> None:
         """Raises UserError for a batch of which one call of `loss` sees too few rows."""
 
+    def check_cases(self, cases: int) -> None:
+        """Says so where that many cases are too few to judge the task by."""
+
     def fit(self, known: Sequence[Any]) -> dict[str, Any]:
         return {}
 
