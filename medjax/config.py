@@ -155,7 +155,7 @@ def defaults() -> ConfigDict:
             "uncertainty": "threshold",  # mean_teacher: uncertain voxels are left out; 'entropy': weigh less; 'none'
             "passes": 1,  # of the teacher, with dropout if more than one
             "noise": 0.1,  # standard deviation of the teacher's noise, cut at twice that
-            # The student's view of a case without labels: augment.transforms done after config.augment.
+            # The student's view of what is compared: augment.transforms done after config.augment.
             "strong": (
                 ("brightness", {"p": 0.5}),
                 ("contrast", {"p": 0.5}),

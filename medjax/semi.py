@@ -9,8 +9,12 @@
 Tarvainen & Valpola, NeurIPS 2017, with the uncertainty of Yu et al., MICCAI 2019; Sohn et al., NeurIPS 2020; Chen et
 al., CVPR 2021. The average is `State.average`, which is what is evaluated.
 
-`config.augment` makes the weak view, `semi.strong` the student's view of examples without any label: intensities alone
-change, so that voxel stays beside voxel. Nothing here has state of its own: views and noise depend on (seed, example).
+`config.augment` makes the weak view, `semi.strong` the student's view of the examples that are compared: intensities
+alone change, so that voxel stays beside voxel, and a label beside its tissue. Nothing here has state of its own: views
+and noise depend on (seed, example).
+
+Where `data.sampling.labelled` says how many rows at least are not compared, these are left out of the strong view and
+of the teacher's passes (`Semi.rows`).
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from medjax.augment import base, mixing, policy
+from medjax.data.sampler import fewest
 from medjax.errors import UserError
 from medjax.ops import normal
 
@@ -94,6 +99,8 @@ class Semi:
     Args:
       tasks: of the run. rampup: `semi.rampup` in steps.
       labelled: of each training case, the tasks it has a label for.
+      consecutive: whether the rows that `loss` is given follow one another in the order of the examples and lie on one
+        device; else the teacher sees them all.
 
     Attributes:
       two: whether there is a second network.
@@ -101,7 +108,12 @@ class Semi:
     """
 
     def __init__(
-        self, config: ConfigDict, tasks: Mapping[str, Any], rampup: int, labelled: Sequence[Sequence[str]]
+        self,
+        config: ConfigDict,
+        tasks: Mapping[str, Any],
+        rampup: int,
+        labelled: Sequence[Sequence[str]],
+        consecutive: bool = False,
     ) -> None:
         c = config.semi
         check(c)
@@ -126,9 +138,13 @@ class Semi:
             )
         self.two = c.method == "cps"
         self.masks = tuple(f"semi/{name}" for name in self._tasks)
-        # A self-supervised task has a mask too, of every example.
-        self._all = tuple(name for name, task in tasks.items() if task.kind != "pretext")
-        self._config, self._rampup = c, rampup
+        self._config, self._rampup, self._consecutive = c, rampup, consecutive
+        # The share of the examples that the sampler takes of cases with a label, if none of those is compared: one that
+        # lacks the label of another task is. A self-supervised task has no label.
+        supervised = {name for name, task in tasks.items() if task.kind != "pretext"}
+        known = [supervised & set(case) for case in labelled]
+        sure = c.cases == "unlabelled" and any(known) and all(set(self._tasks) <= case for case in known if case)
+        self._labelled = config.data.sampling.labelled if sure else 0.0
         self._threshold = METHODS[c.method] if c.threshold is None else c.threshold
         # A stream of its own: the strong view must not repeat the weak one's draws.
         self._seed = zlib.crc32(f"semi:{config.seed}".encode())
@@ -138,17 +154,39 @@ class Semi:
         """How far the ramp is, 0 to 1."""
         return ramp(step, self._rampup)
 
+    def rows(self, batch: Mapping[str, Array]) -> Array | None:
+        """Numbers, rising, of the rows int32 [n] among which all are that some task compares; None: of all rows.
+
+        n is the same in every step: B less as many as `data.sampling.labelled` gives labels at least, whatever rows
+        those are. It needs B rows that follow one another in the order of the examples.
+        """
+        size = batch["example"].shape[0]
+        most = max(1, size - fewest(self._labelled, size))
+        if most == size:
+            return None
+        return jnp.sort(jnp.argsort(~self._compared(batch), stable=True)[:most])
+
+    def _compared(self, batch: Mapping[str, Array]) -> Array:
+        """bool [B]: whether some task compares the example."""
+        return jnp.any(jnp.stack([batch[key] for key in self.masks]), axis=0)
+
     def views(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Adds `masks` and `semi/image`, the teacher's view; examples without any label get their strong view."""
+        """Adds `masks` and `semi/image`, the teacher's view; examples that are compared get their strong view.
+
+        The batch is one device's rows.
+        """
         masks = {
             key: batch["valid"] & (~batch[f"{key[5:]}/mask"] if self._config.cases == "unlabelled" else True)
             for key in self.masks
         }
         if self.two:
             return {**batch, **masks}
-        known = jnp.any(jnp.stack([batch[f"{name}/mask"] for name in self._all]), axis=0)
-        strong = self._strong({key: batch[key] for key in ("image", "modality", "spacing", "example")})["image"]
-        image = jnp.where(known.reshape(-1, 1, 1, 1, 1), batch["image"], strong)
+        rows, compared = self.rows(batch | masks), self._compared(masks)
+        weak = {key: _take(batch[key], rows) for key in ("image", "modality", "spacing", "example")}
+        strong = self._strong(weak)["image"]
+        image = jnp.where(_take(compared, rows).reshape(-1, 1, 1, 1, 1), strong, weak["image"])
+        if rows is not None:
+            image = batch["image"].at[rows].set(image, unique_indices=True, indices_are_sorted=True)
         return {**batch, **masks, "image": image, "semi/image": batch["image"]}
 
     def loss(
@@ -170,10 +208,12 @@ class Semi:
           key: of the dropout.
         """
         rise = self.ramp(step)
-        taught = None if self.two else self._teach(forward, jax.lax.stop_gradient(other), batch, key)
+        # Two networks have to see the labelled rows anyway.
+        rows = self.rows(batch) if self._consecutive and not self.two else None
+        taught = None if self.two else self._teach(forward, jax.lax.stop_gradient(other), batch, rows, key)
         total, parts = 0.0, {}
         for name, task in self._tasks.items():
-            own, kind = outputs[name][0], task.activation
+            own, kind = _take(outputs[name][0], rows), task.activation
             if taught is None:
                 theirs = other[name][0]
                 each = self._pseudo(own, said(theirs, kind), kind) + self._pseudo(theirs, said(own, kind), kind)
@@ -182,7 +222,7 @@ class Semi:
             else:
                 weight = self._certainty(entropy(taught[name], kind), rise)
                 each = consistency(said(own, kind), taught[name], weight)
-            counted = jnp.where(batch[f"semi/{name}"], each, 0.0)
+            counted = jnp.where(_take(batch[f"semi/{name}"], rows), each, 0.0)
             parts[f"semi/{name}"] = jnp.sum(counted) * share[f"semi/{name}"]
             total += task.weight * parts[f"semi/{name}"]
         return self._config.weight * rise * total, parts
@@ -198,18 +238,21 @@ class Semi:
             return jnp.ones_like(uncertain)
         return (uncertain <= self._threshold + (1.0 - self._threshold) * rise).astype(uncertain.dtype)
 
-    def _teach(self, forward: Forward, params: Any, batch: Mapping[str, Array], key: Array) -> dict[str, Array]:
-        """What the teacher says of its view, task -> [B, ..., K]: the mean over its passes."""
-        passes, image = self._config.passes, batch["semi/image"]
+    def _teach(
+        self, forward: Forward, params: Any, batch: Mapping[str, Array], rows: Array | None, key: Array
+    ) -> dict[str, Array]:
+        """What the teacher says of its view of `rows`, task -> [n, ..., K]: the mean over its passes."""
+        passes = self._config.passes
+        image, modality, examples = (_take(batch[k], rows) for k in ("semi/image", "modality", "example"))
 
         def once(number: Any) -> dict[str, Array]:
             seen = image
             if self._config.method == "mean_teacher" and self._config.noise:
                 root = jax.random.fold_in(jax.random.key(self._seed), number)
-                keys = jax.vmap(lambda e: jax.random.key_data(jax.random.fold_in(root, e)))(batch["example"])
+                keys = jax.vmap(lambda e: jax.random.key_data(jax.random.fold_in(root, e)))(examples)
                 noise = jnp.clip(normal.normal(keys, image[0].size), -2.0, 2.0).reshape(image.shape)
                 # What an example lacks stays as it is, as in every view of the student.
-                noise = jnp.where(batch["modality"][:, None, None, None], noise, 0.0)
+                noise = jnp.where(modality[:, None, None, None], noise, 0.0)
                 seen = image + (self._config.noise * noise).astype(image.dtype)
             # Several passes differ in their dropout too: Monte Carlo.
             outputs = forward(params, seen, jax.random.fold_in(key, number), train=passes > 1)
@@ -219,6 +262,11 @@ class Semi:
             return jax.lax.stop_gradient(once(jnp.uint32(1)))
         found = jax.lax.map(once, jnp.arange(1, passes + 1, dtype=jnp.uint32))
         return jax.lax.stop_gradient({name: p.mean(axis=0) for name, p in found.items()})
+
+
+def _take(x: Array, rows: Array | None) -> Array:
+    """Those rows of `x`; None: all."""
+    return x if rows is None else x.at[rows].get(unique_indices=True, indices_are_sorted=True)
 
 
 def check(c: Mapping[str, Any]) -> None:

@@ -137,13 +137,13 @@ def averaging(config: ConfigDict, job: Job) -> Callable[[Any, Any, Any], Any] | 
     return optim.averaging(semi_lib.average_decay(config), swa, job.total, start, interval)
 
 
-def make_semi(config: ConfigDict, job: Job) -> semi_lib.Semi | None:
-    """What `config.semi` adds to the step; None where nothing is asked for."""
+def make_semi(config: ConfigDict, job: Job, consecutive: bool) -> semi_lib.Semi | None:
+    """What `config.semi` adds to the step; None where nothing is asked for. consecutive: see `medjax.semi.Semi`."""
     if not config.semi.method:
         return None
     train = job.splits["train"]
     rampup = steps_of(config, "semi.rampup", len(train))
-    return semi_lib.Semi(config, job.tasks, rampup, [tuple(case.targets) for case in train])
+    return semi_lib.Semi(config, job.tasks, rampup, [tuple(case.targets) for case in train], consecutive)
 
 
 def abstract_state(config: ConfigDict, job: Job, mesh: Mesh) -> State:
@@ -192,7 +192,8 @@ def make_train_step(
     rate = optim.schedule(config.optim, job.total, steps_of(config, "optim.warmup", len(job.splits["train"])))
     cuts = rounds * (mesh.size if mapped else 1)  # of a batch, each with its part of the losses
     balance, follow = balancing.build(config, job.tasks, rate, cuts), averaging(config, job)
-    semi = make_semi(config, job)
+    # A round takes every n-th row, and what the compiler divides lies on several devices.
+    semi = make_semi(config, job, consecutive=rounds == 1 and (mapped or mesh.size == 1))
 
     def network(
         still: Sequence[Any],

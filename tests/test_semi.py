@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import layouts
 import numpy as np
 import pytest
 from test_train import a_batch, close, load, make, plain, state_bytes
@@ -18,7 +19,7 @@ from medjax import main, optim, parallel, select, semi, train
 from medjax import tasks as tasks_lib
 from medjax.data import dataset, pipeline
 from medjax.data.cases import Case
-from medjax.data.sampler import Sampler
+from medjax.data.sampler import Sampler, fewest
 from medjax.errors import UserError
 
 # --- what is compared ----------------------------------------------------------------------------------------------
@@ -222,6 +223,115 @@ def test_rounds_leave_the_step_as_it_is(recipe: Path) -> None:
     assert cut_sums["semi/ramp"] == sums["semi/ramp"] == 1
 
 
+@pytest.mark.parametrize(
+    ("method", "known", "more"),
+    [
+        ("mean_teacher", [True, False, True, True], ()),  # fewer are compared than there is room for
+        ("mean_teacher", [True, False, True, False], ("optim.accumulate=2",)),
+        ("fixmatch", [False, True, False, True], ("semi.threshold=0.0",)),
+    ],
+)
+def test_the_teacher_of_fewer_rows_teaches_the_same(
+    recipe: Path, method: str, known: list[bool], more: tuple[str, ...]
+) -> None:
+    batch = a_batch()
+    batch["spheres/mask"][:] = known
+    (_, whole), sums = steps(unlabelled(recipe, method, *more), batch)
+    (_, fewer), fewer_sums = steps(unlabelled(recipe, method, "data.sampling.labelled=0.5", *more), batch)
+    assert sums["semi/spheres"] > 0
+    assert fewer_sums == pytest.approx(sums, rel=1e-5)
+    # Plain SGD: the parameters differ as the gradients do.
+    close(fewer.params, whole.params, rtol=1e-5, atol=1e-7)
+
+
+def learner_of(recipe: Path, tasks: Any, labelled: Any, *more: str, consecutive: bool = True) -> semi.Semi:
+    config = load(recipe, "semi.method=mean_teacher", "semi.rampup=0 steps", "semi.noise=0.0", *more)
+    built = tasks_lib.build({name: {"type": "regression"} for name in tasks}, {})
+    return semi.Semi(config, built, 0, labelled, consecutive)
+
+
+def rows_taught(learner: semi.Semi, **known: list[bool]) -> list[float]:
+    """The examples that the teacher of a batch sees; `semi.Semi.views` makes its view of the image."""
+    n = len(next(iter(known.values())))
+    seen: list[float] = []
+
+    def forward(_: Any, image: Any, key: Any, train: bool) -> dict[str, Any]:
+        seen.extend(np.asarray(image)[:, 0, 0, 0, 0])
+        return {name: [jnp.zeros((len(image), 1))] for name in known}
+
+    image = jnp.broadcast_to(jnp.arange(n, dtype=jnp.float32).reshape(n, 1, 1, 1, 1), (n, 4, 4, 4, 1))
+    batch = {"image": image, "example": jnp.arange(n), "valid": jnp.ones(n, bool), "modality": jnp.ones((n, 1), bool)}
+    batch |= {"spacing": jnp.ones((n, 3))} | {f"{name}/mask": jnp.asarray(mask) for name, mask in known.items()}
+    batch = learner.views(batch)
+    assert np.array_equal(batch["semi/image"], image)
+    compared = np.any([batch[key] for key in learner.masks], axis=0)
+    changed = np.any(np.asarray(batch["image"] != image).reshape(n, -1), axis=1)
+    assert np.array_equal(changed, compared)  # the strong view, of those alone
+    # Squares of the students' outputs: a sum that says which rows it is of.
+    own = {name: [10.0 ** jnp.arange(n)[:, None]] for name in known}
+    share = dict.fromkeys(learner.masks, 1.0)
+    _, parts = learner.loss(forward, own, None, batch, share, jax.random.key(0), 0)
+    for key in learner.masks:
+        assert float(parts[key]) == pytest.approx(sum(100.0**i for i in np.flatnonzero(batch[key])), rel=1e-5)
+    return seen
+
+
+ALWAYS = "semi.strong=(('brightness', {'p': 1.0, 'std': 0.5}), ('noise', {'p': 1.0}))"
+
+
+def test_rows_that_nobody_compares_are_not_taught(recipe: Path) -> None:
+    bare, labelled = ((), ("age",)), ("data.sampling.labelled=0.5", ALWAYS)
+    half = learner_of(recipe, ("age",), bare, *labelled)
+    assert rows_taught(half, age=[True, False, True, False]) == [1, 3]
+    assert rows_taught(half, age=[False, False, True, True]) == [0, 1]
+    assert sorted(rows_taught(half, age=[True, True, True, False])) == [0, 3]  # as many rows in every batch
+    assert len(rows_taught(half, age=[True, False, False])) == 2  # of three examples one is labelled at least
+    few = learner_of(recipe, ("age",), bare, "data.sampling.labelled=0.3", ALWAYS)
+    assert len(rows_taught(few, age=[True, False, False, False])) == 3
+    # All rows: labelled examples are compared; a case lacks one label of two; every n-th row, or several devices.
+    for every in (
+        learner_of(recipe, ("age",), bare, *labelled, "semi.cases=all"),
+        learner_of(recipe, ("age",), bare, *labelled, consecutive=False),
+        learner_of(recipe, ("age",), bare, ALWAYS),
+    ):
+        assert rows_taught(every, age=[True, False, True, False]) == [0, 1, 2, 3]
+    two = learner_of(recipe, ("age", "size"), ((), ("age",), ("age", "size")), *labelled)
+    assert rows_taught(two, age=[True, True, False, False], size=[False, True, False, False]) == [0, 1, 2, 3]
+    both = learner_of(recipe, ("age", "size"), ((), ("age", "size")), *labelled)
+    assert rows_taught(both, age=[True, True, False, False], size=[True, True, False, False]) == [2, 3]
+
+
+def test_of_all_cases_the_student_sees_another_view_than_the_teacher(recipe: Path) -> None:
+    # Without noise and without a step between them, teacher and student differ by their views alone.
+    config = ("semi.noise=0.0", "semi.cases=all", "semi.weight=5.0")
+    (_, taught), sums = steps(unlabelled(recipe, "mean_teacher", ALWAYS, *config), a_batch())
+    _, same_view = steps(unlabelled(recipe, "mean_teacher", "semi.strong=()", *config), a_batch())
+    assert sums["semi/spheres"] > 1e-7 > 1e-12 > same_view["semi/spheres"]
+    # Labels are learnt on the student's view.
+    (_, alone), _ = steps(unlabelled(recipe, "mean_teacher", ALWAYS, "semi.cases=all", "semi.weight=0.0"), a_batch())
+    (_, weak), _ = steps(plain(recipe, "optim.weight_decay=0.0"), a_batch())
+    assert not same(alone.params, weak.params)
+    assert not same(alone.params, taught.params)
+
+
+def test_a_teacher_of_few_rows_teaches_on_several_devices_as_on_one(recipe: Path, tmp_path: Path) -> None:
+    given = (
+        "semi.method=mean_teacher", "semi.rampup=2 steps", "semi.weight=5.0", "data.labelled=2",
+        "data.sampling.labelled=0.5", "train.total=4 steps", "optim.name=sgd",
+    )  # fmt: skip
+
+    def call(name: str, *more: str) -> list[str]:
+        return layouts.arguments(recipe, tmp_path / name, *given, *more)
+
+    started = layouts.start([call("one")], devices=1, log=tmp_path / "one.log")
+    started += layouts.start([call("jit"), call("pmap", "parallel=pmap")], devices=2, log=tmp_path / "two.log")
+    assert [process.wait() for process in started] == [0, 0], (tmp_path / "two.log.0").read_text()
+    want = layouts.losses(tmp_path / "one")
+    assert len(want) == 4
+    for name in ("jit", "pmap"):
+        assert layouts.losses(tmp_path / name) == pytest.approx(want, rel=1e-5)
+
+
 @pytest.mark.parametrize("method", ["mean_teacher", "cps"])
 def test_an_interrupted_run_ends_bit_identical(
     recipe: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
@@ -350,6 +460,16 @@ def test_the_labelled_share_is_exact_in_batches_and_over_time(share: float, batc
     assert abs(foreground.sum() - 0.33 * labelled.sum()) <= 1
     again = Sampler(1, 20, foreground=0.33, share=share, labelled=(3, 7, 11))
     assert [again.case(n) for n in (1199, 5, 600)] == [taken[n] for n in (1199, 5, 600)]
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25, 1 / 3, 0.1, 0.77, 1.0])
+def test_of_examples_in_a_row_so_many_are_labelled_at_least(share: float) -> None:
+    sampler = Sampler(1, 9, share=share, labelled=(3, 7))
+    labelled = np.array([sampler.case(n) in (3, 7) for n in range(700)])
+    for rows in (1, 2, 3, 4, 10, 64):
+        counts = {int(labelled[first : first + rows].sum()) for first in range(len(labelled) - rows)}
+        assert min(counts) == fewest(share, rows) or (1 / 3, rows % 3) == (share, 0)
+        assert fewest(share, rows) <= min(counts) <= max(counts) <= fewest(share, rows) + 1
 
 
 def test_classes_are_balanced_among_the_labelled() -> None:

@@ -78,6 +78,14 @@ def _taken(n: int, share: float, offset: int) -> tuple[int, bool]:
     return before, ((n + 1) * part + offset) // _ONE > before
 
 
+def fewest(share: float, rows: int) -> int:
+    """How many of `rows` examples one after the other are of labelled cases at least, wherever they begin.
+
+    `share` is the sampler's. Exactly so many are where the share divides the rows; else one more may be.
+    """
+    return rows * round(share * _ONE) // _ONE
+
+
 @dataclass(frozen=True)
 class Sampler:
     """Patches for training.
