@@ -302,8 +302,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--count={args.count}: needs 1 or more")
     if args.pool and args.pool < 1:
         raise UserError(f"--pool={args.pool:g}: needs 1 or more, or 0 for all cases")
-    run = Run(args.run, kind=args.checkpoint, eval_options={"mirror": ()})
+    run = Run(args.run, kind=args.checkpoint)
     mirror = views(run.config) if args.mirror is None else tuple(args.mirror)
+    run.config.eval.mirror = ()  # each view is predicted by itself
     if args.by == "disagreement" and not mirror:
         why = f"{args.run}: was trained without mirroring" if args.mirror is None else "--mirror: names no axis"
         raise UserError(

@@ -202,6 +202,23 @@ def test_the_views_are_those_of_prediction_or_training(sections: Any, axes: tupl
     assert select.views(config) == axes
 
 
+def test_a_run_that_is_mirrored_in_prediction_alone_has_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nib.save(nib.Nifti1Image(np.random.default_rng(0).normal(size=(16, 16, 16)), np.diag([2.0, 2, 2, 1])),
+             tmp_path / "a.nii.gz")  # fmt: skip
+    folder = make_run(tmp_path / "run", labels={"left lung": 1, "right lung": 2}, evaluation={"mirror": (0,)})
+    flips: list[int] = []
+    call = predict.Predictor.__call__
+
+    def counted(self: predict.Predictor, params: Any, image: np.ndarray) -> dict[str, np.ndarray]:
+        flips.append(len(self._window._flips))
+        return call(self, params, image)
+
+    monkeypatch.setattr(predict.Predictor, "__call__", counted)
+    select.main([str(folder), str(tmp_path), "--by=disagreement", "--count=1"])
+    assert float(table(folder / "select.csv")[0]["disagreement"]) > 0
+    assert flips == [1, 1], "each view is predicted by itself"
+
+
 def test_a_folder_of_volumes_will_do(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for file in sorted((run.parent / "cohort" / "imagesTr").iterdir())[:3]:
         shutil.copy(file, tmp_path)
