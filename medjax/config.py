@@ -153,6 +153,7 @@ def defaults() -> ConfigDict:
             "cases": "unlabelled",  # whose outputs it compares: 'unlabelled' or 'all'
             "ema": 0.99,  # mean_teacher: decay of the average that teaches and is evaluated, in place of optim.ema
             "uncertainty": "threshold",  # mean_teacher: uncertain voxels are left out; 'entropy': weigh less; 'none'
+            "loss": "mse",  # mean_teacher: 'dice' compares structures of few voxels as large ones
             "passes": 1,  # of the teacher, with dropout if more than one
             "noise": 0.1,  # standard deviation of the teacher's noise, cut at twice that
             # The student's view of what is compared: augment.transforms done after config.augment.

@@ -36,6 +36,7 @@ from medjax.ops import normal
 # Method -> threshold as published.
 METHODS = {"mean_teacher": 0.75, "fixmatch": 0.95, "cps": 0.0}
 UNCERTAINTY = ("threshold", "entropy", "none")
+LOSSES = ("mse", "dice")
 CASES = ("unlabelled", "all")
 
 Forward = Callable[..., dict[str, Any]]
@@ -76,6 +77,21 @@ def consistency(student: Array, teacher: Array, weight: Array) -> Array:
     total = jnp.sum(weight, axes)
     squares = jnp.sum(weight * jnp.square(student - teacher), axes)
     return jnp.where(total > 0, squares / jnp.where(total > 0, total, 1.0), 0.0)
+
+
+def overlap_loss(student: Array, teacher: Array, weight: Array, smooth: float = 1.0) -> Array:
+    """1 - the mean over channels of 2 Σ w p q / (Σ w p² + Σ w q²), of each example [B], as small structures need it.
+
+    With squares below (Milletari et al. 2016) it is 0 where both say the same, which plain soft Dice is not unless all
+    of it is certain. `smooth` voxels are added above and below: 0 where neither says anything.
+
+    Args:
+      student, teacher: probabilities [B, *S, K]. weight: [B, *S, 1 or K].
+    """
+    axes = tuple(range(1, student.ndim - 1))
+    both = jnp.sum(weight * student * teacher, axes)
+    each = jnp.sum(weight * (jnp.square(student) + jnp.square(teacher)), axes)
+    return 1.0 - jnp.mean((2.0 * both + smooth) / (each + smooth), axis=-1)
 
 
 def pseudo_loss(outputs: Array, teacher: Array, threshold: float, activation: str) -> Array:
@@ -221,7 +237,7 @@ class Semi:
                 each = self._pseudo(own, taught[name], kind)
             else:
                 weight = self._certainty(entropy(taught[name], kind), rise)
-                each = consistency(said(own, kind), taught[name], weight)
+                each = self._compare(said(own, kind), taught[name], weight, kind)
             counted = jnp.where(_take(batch[f"semi/{name}"], rows), each, 0.0)
             parts[f"semi/{name}"] = jnp.sum(counted) * share[f"semi/{name}"]
             total += task.weight * parts[f"semi/{name}"]
@@ -229,6 +245,14 @@ class Semi:
 
     def _pseudo(self, outputs: Array, teacher: Array, kind: str) -> Array:
         return pseudo_loss(outputs, jax.lax.stop_gradient(teacher), self._threshold, kind)
+
+    def _compare(self, student: Array, teacher: Array, weight: Array, kind: str) -> Array:
+        """What `semi.loss` says of two predictions, [B]; of a case as a whole, and of numbers, their mean square."""
+        if self._config.loss == "mse" or kind == "identity" or student.ndim < 3:
+            return consistency(student, teacher, weight)
+        if kind == "softmax":  # the background is nearly everything, and says no more than the others do
+            student, teacher = student[..., 1:], teacher[..., 1:]
+        return overlap_loss(student, teacher, weight)
 
     def _certainty(self, uncertain: Array, rise: Any) -> Array:
         """Weight of what the teacher says, from its entropy as a share of the greatest."""
@@ -273,9 +297,14 @@ def check(c: Mapping[str, Any]) -> None:
     """Raises UserError for what `config.semi` cannot mean."""
     if c["method"] not in METHODS:
         raise UserError(f"config: semi.method '{c['method']}' is not known; known: {', '.join(METHODS)}")
-    for key, known in (("uncertainty", UNCERTAINTY), ("cases", CASES)):
+    for key, known in (("uncertainty", UNCERTAINTY), ("cases", CASES), ("loss", LOSSES)):
         if c[key] not in known:
             raise UserError(f"config: semi.{key} '{c[key]}' is not known; known: {', '.join(known)}")
+    if c["loss"] != "mse" and c["method"] != "mean_teacher":
+        raise UserError(
+            f"config: semi.loss='{c['loss']}' is how the mean teacher compares; semi.method='{c['method']}' asks "
+            "for the teacher's class by its cross-entropy: leave semi.loss out"
+        )
     shares = {"ema": c["ema"]} | ({} if c["threshold"] is None else {"threshold": c["threshold"]})
     for key, value in shares.items():
         if not isinstance(value, int | float) or not 0 <= value <= 1:

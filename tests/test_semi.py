@@ -51,6 +51,29 @@ def test_consistency_is_a_weighted_mean_square() -> None:
     assert not np.asarray(jax.grad(lambda x: semi.consistency(x, b, weight).sum())(b)).any()
 
 
+def test_overlap_is_of_structures_whatever_their_size() -> None:
+    def volume(size: int, inside: float) -> np.ndarray:
+        p = np.zeros((1, size, size, size, 2), np.float32)
+        p[:, :4, :4, :4, 0] = inside
+        return p
+
+    one = np.ones((1, 1, 1, 1, 1), np.float32)
+    # Uncertain, but the same: nothing to learn.
+    np.testing.assert_allclose(semi.overlap_loss(volume(8, 0.5), volume(8, 0.5), one), [0.0], atol=1e-6)
+    # 64 voxels of 0.5 against 1: (2 * 32 + 1) / (16 + 64 + 1); of the empty channel 1.
+    want = [1 - (65 / 81 + 1) / 2]
+    np.testing.assert_allclose(semi.overlap_loss(volume(8, 0.5), volume(8, 1.0), one), want, rtol=1e-5)
+    np.testing.assert_allclose(semi.overlap_loss(volume(16, 0.5), volume(16, 1.0), one), want, rtol=1e-5)
+    away = semi.consistency(volume(16, 0.5), volume(16, 1.0), one) / semi.consistency(
+        volume(8, 0.5), volume(8, 1.0), one
+    )
+    np.testing.assert_allclose(away, [1 / 8], rtol=1e-5)
+    # Voxels of no weight: as if both said nothing.
+    weight = np.ones((1, 8, 8, 8, 1), np.float32)
+    weight[:, :4, :4, :4] = 0
+    np.testing.assert_allclose(semi.overlap_loss(volume(8, 0.5), volume(8, 1.0), weight), [0.0], atol=1e-6)
+
+
 def test_pseudo_labels_count_where_the_teacher_is_confident() -> None:
     teacher = np.asarray([[[0.97, 0.02, 0.01], [0.5, 0.4, 0.1], [0.01, 0.01, 0.98]]], np.float32)
     logits = np.random.default_rng(0).normal(size=(1, 3, 3)).astype(np.float32)
@@ -141,6 +164,16 @@ def test_equal_views_of_equal_networks_give_no_gradient(recipe: Path) -> None:
     # Views that differ do.
     (before, after), sums = steps(unlabelled(recipe, "mean_teacher"), none())
     assert sums["loss"] > 1e-7
+    assert not same(before.params, after.params)
+
+
+def test_the_teacher_may_be_compared_by_overlap(recipe: Path) -> None:
+    more = ("semi.strong=()", "semi.noise=0.0", "semi.loss=dice")
+    (before, after), sums = steps(unlabelled(recipe, "mean_teacher", *more), none())
+    assert abs(sums["semi/spheres"]) < 1e-6
+    close(before.params, after.params, rtol=0, atol=1e-6)
+    (_, after), sums = steps(unlabelled(recipe, "mean_teacher", "semi.loss=dice", "semi.noise=1.0"), none())
+    assert 0 < sums["semi/spheres"] < 1
     assert not same(before.params, after.params)
 
 
@@ -391,6 +424,8 @@ def test_a_class_and_a_number_of_a_case_are_compared_too(recipe: Path) -> None:
         (["semi.method=mean_teacher", "data.labelled=2", "semi.ema=1.5"], ["semi.ema=1.5"]),
         (["semi.method=mean_teacher", "data.labelled=2", "semi.passes=0"], ["semi.passes=0"]),
         (["semi.method=mean_teacher", "data.labelled=2", "semi.cases=some"], ["semi.cases 'some'", "unlabelled"]),
+        (["semi.method=mean_teacher", "data.labelled=2", "semi.loss=l1"], ["semi.loss 'l1'", "mse, dice"]),
+        (["semi.method=fixmatch", "data.labelled=2", "semi.loss=dice"], ["semi.loss='dice' is how the mean teacher"]),
         (["semi.method=fixmatch", "data.labelled=2", "semi.strong=(('affine', {}),)"], ["'affine' changes more"]),
         (["semi.method=fixmatch", "data.labelled=2", "semi.strong=(('cutmix', {}),)"], ["'cutmix' changes more"]),
         (["data.labelled=7"], ["data.labelled=7", "1 to 6"]),
