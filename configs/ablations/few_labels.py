@@ -9,21 +9,21 @@ number is `seconds` over `step`, what a step of `scratch` takes, times the arm's
 that begin from pretraining spend `pretrain` of their seconds on it, in full each, though all of them share one. The
 validation cases are looked at once, after the last step.
 
-The network is half as wide as that of `hippocampus.py`, and computes in bfloat16: labels are to be what is short, not
-steps.
+The network is half as wide as that of `hippocampus.py`, its patches are smaller, and it computes in bfloat16: labels
+are to be what is short, not steps.
 
 | arm | |
 |---|---|
 | `scratch` | the labelled cases alone |
 | `synthseg` | images painted from their label maps (Billot et al. 2023), outside of the labels by the image |
 | `synthseg_half` | half of the examples painted |
-| `mean_teacher` | the other training cases too, without labels |
+| `mean_teacher` | the other training cases too, without labels; teacher and student are compared by their overlap |
 | `mae` | begun from a masked autoencoder of all 180 training images and of brains of other contrasts |
 | `mae_mean_teacher` | both |
-| `lora` | begun likewise; low-rank changes of the network and a new head are trained, in larger steps |
+| `lora` | begun likewise; low-rank changes of the network, its norms and biases and a new head train, in larger steps |
 | `probe`, `probe_random` | the encoder stays as pretrained, or as drawn at random; decoder and head are trained |
 
-Arguments: `labels=3+5+10+20+180`, `arms=scratch+mae+...`, `seconds=120`, `step=0.107`, `pretrain=0.5`, `width=8`,
+Arguments: `labels=3+5+10+20+180`, `arms=scratch+mae+...`, `seconds=75`, `step=0.107`, `pretrain=0.33`, `width=8`,
 `pretrained=FOLDER` (with `{seed}`), `data=FOLDER` (beside it lies `brain_unlabelled`), `arm=NAME` (one of the arms, or
 `pretrain`), `debug` (a few steps).
 """
@@ -70,6 +70,8 @@ PAINTED = {
         ("standardize", {}),
     ),
 }
+# Of the volumes (35 x 50 x 36 on average) 97 % of such a patch is filled, of the 40 x 56 x 40 of `hippocampus.py` 69 %.
+PATCH = (32, 48, 32)
 ENCODER = r"backbone/(encoder|down)\d+.*"
 
 
@@ -81,10 +83,10 @@ def read(arg):
         arm="scratch",
         arms="+".join(ARMS),
         labels="3+5+10+20+180",
-        seconds=120.0,
+        seconds=75.0,
         step=STEP,
         width=8,
-        pretrain=0.5,
+        pretrain=0.33,
         pretrained=f"{OUT}/pretrained/seed{{seed}}",
     )
     for number in values.labels.split("+"):
@@ -110,11 +112,15 @@ def get_config(arg=None):
     if arg.debug:
         config.model.features = (4, 8, 16)
         config.data.patch = (24, 24, 24)
+    else:
+        config.data.patch = PATCH
     if arg.arm == "pretrain":
         return pretraining(config, arg)
     config.data.labelled, config.data.unlabelled = (0 if labels >= ALL else labels), False
     if arg.arm in PRETRAINED:
         config.init = ConfigDict({"source": arg.pretrained, "which": "latest"})
+    if arg.arm in ("mae", "mae_mean_teacher"):  # as in `brain_finetune.py`
+        config.optim.update({"layer_decay": 0.75, "decoder_first": f"{steps // 40} steps"})
     if arg.arm in ("probe", "probe_random"):
         config.optim.rules = (
             (ENCODER, {"lr": 0.0}),
@@ -127,6 +133,7 @@ def get_config(arg=None):
         config.data.unlabelled, config.data.sampling = True, ConfigDict({"labelled": 0.5 if labels < ALL else 0.0})
         config.semi = ConfigDict({"method": "mean_teacher", "weight": 1.0, "rampup": f"{2 * steps // 5} steps"})
         config.semi.cases = "unlabelled" if labels < ALL else "all"
+        config.semi.loss = "dice"  # the hippocampus is 5 % of a volume
     if arg.arm in ("synthseg", "synthseg_half"):
         config.augment = ConfigDict({"transforms": PAINTED[arg.arm]})
     if arg.arm == "lora":
@@ -146,12 +153,14 @@ def pretraining(config, arg):
 
 
 def lora(config):
-    """At most 5 % of the parameters: low-rank changes of every kernel, and the head in full.
+    """At most 5 % of the parameters: low-rank changes of the blocks' and `up` kernels; head, norms and biases in full.
 
     Factors that begin at zero take larger steps than trained weights bear, as in `brain_finetune.py`.
     """
     config.optim.lr = 1e-2
-    config.peft = ConfigDict({"type": "lora", "rank": 2, "alpha": 4.0, "train": ("heads",)})
+    config.peft = ConfigDict({"type": "lora", "rank": 2, "alpha": 4.0})
+    config.peft.targets = (r"backbone/(encoder|decoder)\d+/.*/kernel", r"backbone/up\d+/kernel")
+    config.peft.train = ("heads", r"backbone/.*/(scale|bias)")
 
 
 def sweep(arg=None):
