@@ -2,7 +2,7 @@
 
     python -m benchmarks.few_labels                                           # all of it: hours
     python -m benchmarks.few_labels --config=configs/ablations/few_labels.py:labels=5,arms=scratch+mae --seeds=1
-    python -m benchmarks.few_labels --config=configs/ablations/few_labels.py:seconds=60 --out=runs/few_labels_60s
+    python -m benchmarks.few_labels --config=configs/ablations/few_labels.py:seconds=120 --out=runs/few_labels_120s
     python -m benchmarks.few_labels --report                                  # of the runs there are
     python -m benchmarks.few_labels --calibrate                               # STEP and COST of the recipe
 
