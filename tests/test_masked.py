@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import layouts
 import numpy as np
 import pytest
 from tiny import RECIPE, write_cohort
@@ -16,6 +17,7 @@ from tiny import RECIPE, write_cohort
 from medjax import main, predict, tasks
 from medjax.errors import UserError
 from medjax.losses import reconstruction
+from medjax.models.layers import GroupNormAct, InstanceNormAct
 from medjax.models.mednext import MedNeXt
 from medjax.models.model import Model
 from medjax.models.nnunet import NNUNet, ResEncUNet
@@ -314,6 +316,50 @@ def test_a_transformer_sees_visible_tokens_alone() -> None:
     assert seen == [(2, 16, 12), (2, 64, 8)]  # a quarter of the 64 tokens; then the decoder's
 
 
+# ---- in bfloat16
+
+
+@pytest.mark.parametrize("kind", [InstanceNormAct, GroupNormAct])
+def test_statistics_of_what_is_visible_stay_float32(kind: Any) -> None:
+    """Of 2048 voxels far from 0: sums in bfloat16, of 8 bits, would stand still at 256 times a voxel."""
+    x = jnp.asarray(3 + RNG.normal(size=(1, *SIZE, 2)), jnp.bfloat16)
+    visible = jnp.asarray(RNG.random((1, *SIZE)) < 0.5)
+    net = kind(negative_slope=None) if kind is InstanceNormAct else kind(groups=1, negative_slope=None)
+    y = jax.jit(lambda x, v: net.apply({"params": {"scale": jnp.ones(2), "bias": jnp.zeros(2)}}, x, v))(x, visible)
+    assert y.dtype == jnp.bfloat16
+    seen = np.asarray(x, np.float64)[np.asarray(visible)]
+    over = 0 if kind is InstanceNormAct else None
+    wanted = (seen - seen.mean(over)) / seen.std(over)
+    np.testing.assert_allclose(np.asarray(y, np.float64)[np.asarray(visible)], wanted, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "decoder"), [("unet", "backbone"), ("mednext", "light")])
+def test_in_bfloat16_it_is_the_same_loss(name: str, decoder: str) -> None:
+    """Losses and gradients within what 8 bits leave of them; predictions and gradients are float32."""
+    task = Masked("m", block=BLOCK, decoder=decoder, features=8)
+    batch = prepared(task, 0, batch_of())
+    params = parameters(Model(NETS[name], {"m": task.head()}), IMAGE, train=True)
+    found = []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        model = Model(NETS[name].clone(dtype=dtype), {"m": task.head()})
+
+        def loss(params: Any, model: Any = model) -> Any:
+            outputs = model.apply(params, batch["image"], train=True, views=tasks.views({"m": task}, batch))["m"]
+            return task.loss(outputs, batch).mean(), outputs[0]
+
+        (value, prediction), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+        assert prediction.dtype == jnp.float32
+        assert {g.dtype for g in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.float32)}
+        flat = np.concatenate([np.ravel(g) for g in jax.tree.leaves(gradient)])
+        found.append((float(value), np.asarray(prediction), flat))
+    (value, prediction, gradient), (close, near, slope) = found
+    assert close == pytest.approx(value, rel=2e-2)
+    assert close != value
+    assert np.linalg.norm(near - prediction) < 0.03 * np.linalg.norm(prediction)
+    # Tokens stand in thousands of voxels: summed in bfloat16 their gradients alone were off by a tenth of the whole.
+    assert np.linalg.norm(slope - gradient) < 0.03 * np.linalg.norm(gradient)
+
+
 # ---- refusals
 
 
@@ -388,6 +434,23 @@ def test_pretraining_alone(cohort: Path, tmp_path: Path) -> None:
     assert (run / "eval" / "val" / "mae_0.png").exists()
     with pytest.raises(UserError, match="only self-supervised"):
         predict.main([f"--run={run}", f"--input={cohort / 'imagesTr'}", f"--output={tmp_path / 'out'}"])
+
+
+def test_a_run_goes_on_with_other_devices_as_it_would_have(cohort: Path, tmp_path: Path) -> None:
+    """4 steps on one device, and 2 there and 2 on two devices: the same losses, of the same hidden blocks."""
+    file = recipe(tmp_path / "mae.py", cohort, '{"mae": {"type": "masked", "block": (4, 4, 4), "decoder": "backbone"}}')
+
+    def call(name: str, total: int) -> list[str]:
+        return layouts.arguments(file, tmp_path / name, "optim.name=sgd", "optim.lr=0.01", f"train.total={total} steps")
+
+    (one,) = layouts.start([call("whole", 4), call("moved", 2)], devices=1, log=tmp_path / "one.log")
+    assert one.wait() == 0, (tmp_path / "one.log.0").read_text()
+    (two,) = layouts.start([call("moved", 4)], devices=2, log=tmp_path / "two.log")
+    assert two.wait() == 0, (tmp_path / "two.log.0").read_text()
+    want, found = layouts.losses(tmp_path / "whole"), layouts.losses(tmp_path / "moved")
+    assert list(found) == [1, 2, 3, 4]
+    assert len(set(want.values())) == 4
+    np.testing.assert_allclose(list(found.values()), list(want.values()), rtol=1e-5)
 
 
 def test_pretraining_beside_a_supervised_task(cohort: Path, tmp_path: Path) -> None:

@@ -106,10 +106,10 @@ class MaskedHead(PretextHead):
         order = jnp.argsort(~seen, axis=1, stable=True)
         tokens = backbone(image, train=train, keep=order[:, :kept])
         y = Linear(self.features, dtype=backbone.dtype, name="narrow")(tokens)
-        mask = self.param("mask", _small, (self.features,)).astype(y.dtype)
-        y = jnp.concatenate([y, jnp.broadcast_to(mask, (y.shape[0], total - kept, self.features))], axis=1)
+        mask = self.param("mask", _small, (self.features,))
+        y = jnp.concatenate([y, _everywhere(mask, (y.shape[0], total - kept, self.features), y.dtype)], axis=1)
         y = jnp.take_along_axis(y, jnp.argsort(order, axis=1)[:, :, None], axis=1)
-        y += self.param("position", _small, (total, self.features)).astype(y.dtype)
+        y += _everywhere(self.param("position", _small, (total, self.features)), y.shape, y.dtype)
         for i in range(self.depth):
             options: tuple[Any, ...] = (self.heads, 4 * self.features, True, 0.0, 0.0, train, backbone.dtype)
             y = TransformerBlock(*options, name=f"block{i}")(y)
@@ -124,7 +124,8 @@ class MaskedHead(PretextHead):
         def dense(levels: Sequence[Array]) -> list[Array]:
             filled = []
             for i, level in enumerate(levels):
-                token = self.param(f"token{i}", _small, (level.shape[-1],)).astype(level.dtype)
+                token = self.param(f"token{i}", _small, (level.shape[-1],))
+                token = _everywhere(token, level.shape, level.dtype)
                 filled.append(jnp.where(spread(visible, level.shape[1:4])[..., None], level, token))
             return filled
 
@@ -186,8 +187,8 @@ class AutoregressiveHead(PretextHead):
             order = jax.vmap(shuffled)(view["order"])
         tokens = backbone(image, train=train, keep=order, causal=True)[:, :-1]
         y = Linear(self.hidden, dtype=backbone.dtype, name="narrow")(tokens)
-        position = self.param("position", _small, (total, self.hidden)).astype(y.dtype)
-        y += position[order[:, 1:]]
+        position = self.param("position", _small, (total, self.hidden))
+        y += position[order[:, 1:]].astype(y.dtype)
         for i in range(self.depth):
             y += Linear(self.hidden, dtype=backbone.dtype, name=f"layer{i}")(gelu(LayerNorm(name=f"norm{i}")(y)))
         # The first has nothing before it; then everything to its own place.
@@ -263,6 +264,11 @@ class ToImage(nn.Module):
         else:
             out = PatchConvTranspose(self.channels, factor, dtype=finest.dtype, name="map")
         return out(finest).astype(jnp.float32)
+
+
+def _everywhere(parameter: Array, shape: Sequence[int], dtype: Any) -> Array:
+    """A parameter spread over a shape, then of a type: in that order its gradient is summed in the parameter's own."""
+    return jnp.broadcast_to(parameter, tuple(shape)).astype(dtype)
 
 
 class _Catch:
