@@ -231,6 +231,12 @@ class Checkpoints:
         """Whether the checkpoint holds its network's parameters in parts, or refers to another's for some."""
         return bool(self._stored(kind, step).get("frozen") or self.meta(kind, step).get("base"))
 
+    def held(self, kind: str, step: int) -> set[str]:
+        """Paths of the parameters, and of what stands for a change of others, that the checkpoint itself holds."""
+        stored = self._stored(kind, step)
+        leaves = jax.tree_util.tree_flatten_with_path([stored.get("params") or {}, stored.get("frozen") or {}])[0]
+        return {jax.tree_util.keystr(path[1:], simple=True, separator="/") for path, _ in leaves}
+
     def check_parameters(self, kind: str, step: int, found: Any, like: Any) -> None:
         """Raises UserError naming what differs unless parameters of a checkpoint have the shapes of `like`."""
         self._check(kind, step, found, like)

@@ -105,7 +105,7 @@ def evaluate(workdir: Path, config: ConfigDict) -> None:
 
 
 def _evaluate(workdir: Path, config: ConfigDict) -> None:
-    run = Run(workdir, eval_options=config.eval)
+    run = Run(workdir, eval_options=config.eval, base=config.init.source if config.peft.type else "")
     cohort = dataset.open_cohort(config.data, config.tasks)
     if dict(cohort.labels) != dict(run.labels):
         raise UserError(

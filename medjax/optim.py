@@ -55,7 +55,8 @@ def build(
       total, warmup: in steps.
       known: tree of all parameters where `params` has only those that train; the rules must cover it.
       scales: tree of further factors of the learning rate. begins: tree of the steps after which a parameter begins to
-        change; until then it has neither gradient nor moments. Both have the parameters of `params` at least.
+        change; until then it has neither gradient nor moments, and from then on a warm-up of its own, as long as the
+        run's. Both have the parameters of `params` at least.
       factors: as of `rule_factors`.
 
     Raises:
@@ -82,13 +83,14 @@ def build(
         _per_parameter(lambda u, p, f: u if f else jnp.zeros_like(u), rates)
     ]  # frozen ones do not count in the norm
     gate: list[optax.GradientTransformation] = []
+    ramp: list[optax.GradientTransformation] = []
     if begins is not None:
         begins = _part(begins, params)
-        gate, core = [_gate(begins)], _delayed(core, begins)
+        gate, ramp, core = [_gate(begins)], [_gate(begins, warmup)], _delayed(core, begins)
     chain += gate
     chain += [optax.clip_by_global_norm(config["clip"])] if config["clip"] else []
     chain += [decay, core] if config["name"] == "sgd" else [core, decay]
-    chain += [*gate, _per_parameter(lambda u, p, f: u * f, rates), optax.scale_by_learning_rate(lr)]
+    chain += [*ramp, _per_parameter(lambda u, p, f: u * f, rates), optax.scale_by_learning_rate(lr)]
     return optax.chain(*chain), lr
 
 
@@ -151,11 +153,23 @@ def _part(tree: Any, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(find, params)
 
 
-def _gate(begins: Any) -> optax.GradientTransformation:
-    """Zeros in place of the updates of parameters whose first step has not come."""
+def _gate(begins: Any, warmup: int = 0) -> optax.GradientTransformation:
+    """Zeros in place of the updates of parameters whose first step has not come; those after it rise over `warmup`.
+
+    What is left of the schedule's own rise over `warmup` steps is taken out, so that each rises once. A parameter that
+    begins with the run is left as it is.
+    """
+
+    def share(u: Any, begin: int, count: Any) -> Any:
+        if not begin:
+            return u
+        if warmup:
+            own, common = (jnp.clip((count - first + 1) / warmup, 0.0, 1.0) for first in (begin, 0))
+            u = u * (own / common)
+        return jnp.where(count >= begin, u, 0)
 
     def update(updates: Any, count: Any, params: Any = None) -> tuple[Any, Any]:
-        return jax.tree.map(lambda u, begin: jnp.where(count >= begin, u, 0), updates, begins), count + 1
+        return jax.tree.map(lambda u, begin: share(u, begin, count), updates, begins), count + 1
 
     return optax.GradientTransformation(lambda _: jnp.zeros((), jnp.int32), update)
 

@@ -37,7 +37,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from medjax import optim
-from medjax.errors import UserError
+from medjax.errors import UserError, warn_once
 from medjax.models import stages
 
 TYPES = ("", "lora", "adapter", "bitfit", "norm", "prompt", "probe")
@@ -138,6 +138,7 @@ def divide(config: ConfigDict, shapes: Mapping[str, tuple[int, ...]]) -> Divisio
         raise UserError(f"config: peft.rank ({peft.rank}) and peft.tokens ({peft.tokens}) must be at least 1")
     if not peft.alpha > 0:
         raise UserError(f"config: peft.alpha={peft.alpha} must be above 0: a change that counts nothing learns nothing")
+    _check_use(config)
     whole = Division(peft.type, dict(shapes), frozenset(shapes))
     if peft.type:
         kernels = _kernels(peft, shapes) if peft.type == "lora" else []
@@ -150,13 +151,38 @@ def divide(config: ConfigDict, shapes: Mapping[str, tuple[int, ...]]) -> Divisio
             whole, trained=frozenset(chosen), factors=factors, scale=float(peft.alpha) / peft.rank
         )
     rates, _ = optim.rule_factors(config.optim.rules, whole.everything(), whole.bases)
-    still = {path for path, rate in flat(rates).items() if not rate}
+    still = {path for path, rate in flat(rates).items() if not rate} | _statistics(shapes)
     kept = {path: f for path, f in whole.factors.items() if not still & {path + _A, path + _B}}
     dropped = {path: f for path, f in whole.factors.items() if path not in kept}
     division = dataclasses.replace(whole, trained=whole.trained - still, factors=kept, dropped=dropped)
     if not division.trained and not division.factors:
         raise UserError("config: no parameter trains; see peft.train and optim.rules")
     return division
+
+
+def _check_use(config: ConfigDict) -> None:
+    """Refuses keys of `config.peft` that its type has no use for; notes a change of nothing learnt."""
+    peft = config.peft
+    if not peft.type:
+        if peft.targets or tuple(peft.train) != ("heads",):
+            warn_once("config: peft.type is empty, so everything trains; peft.targets and peft.train are not used")
+        return
+    if peft.targets and peft.type not in ("lora", "adapter", "prompt"):
+        raise UserError(
+            f"config: peft.targets are of lora, adapter and prompt; of peft.type '{peft.type}' say in peft.train what "
+            "trains besides, or leave them out"
+        )
+    if not config.init.source:
+        warn_once(
+            f"config: peft.type '{peft.type}' without init.source: what it freezes stays as it was drawn, at random"
+        )
+
+
+def _statistics(shapes: Collection[str]) -> set[str]:
+    """Means and variances of normalisations that keep those of another training; they are measured, not learnt."""
+    ends = ("/mean", "/variance")
+    pairs = {p.rpartition("/")[0] for p in shapes if p.endswith(ends[0])}
+    return {module + end for module in pairs for end in ends if module + ends[1] in shapes}
 
 
 def _kernels(peft: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -267,7 +293,7 @@ def digest(params: Mapping[str, np.ndarray], paths: Iterable[str]) -> str:
     """SHA-256 of some parameters, bit for bit."""
     found = hashlib.sha256()
     for path in sorted(paths):
-        array = np.ascontiguousarray(params[path])
+        array = np.asarray(params[path], order="C")
         found.update(f"{path} {array.dtype} {array.shape}".encode())
         found.update(array.tobytes())
     return found.hexdigest()

@@ -28,6 +28,7 @@ from medjax.augment import sides
 from medjax.errors import UserError, run_program, write_atomic
 from medjax.ops import native
 
+BASE = "where the weights lie that the run holds a change of (config.peft), if they have been moved"
 _INPUT = re.compile(r"\.(nii|hdr)(\.gz)?$", re.IGNORECASE)  # of a .hdr/.img pair the header stands for both
 
 
@@ -122,9 +123,12 @@ class Run:
     Args:
       folder: of the run. kind: 'best' or 'latest'; without a best one the latest is taken.
       eval_options: overrides of `config.eval`, such as overlap or mirror.
+      base: of a run that holds a change of other weights (`config.peft`): where they lie, if they have been moved.
     """
 
-    def __init__(self, folder: Path, *, kind: str = "best", eval_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, kind: str = "best", eval_options: Mapping[str, Any] | None = None, base: str = ""
+    ) -> None:
         from medjax import checkpoint, tasks, transfer
         from medjax import config as config_lib
         from medjax.data import preprocess
@@ -153,7 +157,7 @@ class Run:
         self.mesh = parallel.local_mesh(self.config.get("mesh", {}).get("space", 1))
         here = parallel.replicated(self.mesh)
         like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
-        self.params = transfer.restore_parameters(checkpoints, kind, self.step, like, folder)
+        self.params = transfer.restore_parameters(checkpoints, kind, self.step, like, folder, base)
         checkpoints.close()
 
     def predictor(self, shapes: Sequence[Sequence[int]] = ()) -> Predictor:
@@ -280,6 +284,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--table", type=Path, help="columns of the patients (height, frames...), for a run with measures")
     p.add_argument("--mirror", type=int, nargs="*", metavar="AXIS", help="axes to average over (0 1 2)")
     p.add_argument("--tasks", metavar="TABLE", help="eval.tasks, such as \"{'grade': {'temperature': 1.7}}\"")
+    p.add_argument("--base", default="", metavar="FOLDER", help=BASE)
     return p
 
 
@@ -306,7 +311,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     given: dict[str, Any] = {"overlap": args.overlap, "mirror": None if args.mirror is None else tuple(args.mirror)}
     if args.tasks is not None:
         given["tasks"] = _table(args.tasks)
-    run = Run(args.run, kind=args.checkpoint, eval_options={k: v for k, v in given.items() if v is not None})
+    options = {k: v for k, v in given.items() if v is not None}
+    run = Run(args.run, kind=args.checkpoint, eval_options=options, base=args.base)
     if not run.tasks:
         raise UserError(
             f"{args.run}: the run has only self-supervised tasks ({', '.join(run.pretext)}), which predict nothing of "

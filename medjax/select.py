@@ -26,7 +26,7 @@ from medjax import runtime
 from medjax.augment import sides
 from medjax.errors import UserError, run_program, warn_once
 from medjax.ops.windows import SlidingWindow
-from medjax.predict import Run, find_inputs, read_case, write_table
+from medjax.predict import BASE, Run, find_inputs, read_case, write_table
 
 BY = ("entropy", "disagreement")
 _MAYBE = 0.05  # probability of foreground from which a voxel counts
@@ -290,6 +290,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mirror", type=int, nargs="*", choices=(0, 1, 2), metavar="AXIS", help="flips that are views")
     p.add_argument("--output", type=Path, help="the table (default: RUN/select.csv)")
     p.add_argument("--checkpoint", choices=("best", "latest"), default="best")
+    p.add_argument("--base", default="", metavar="FOLDER", help=BASE)
     return p
 
 
@@ -302,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--count={args.count}: needs 1 or more")
     if args.pool and args.pool < 1:
         raise UserError(f"--pool={args.pool:g}: needs 1 or more, or 0 for all cases")
-    run = Run(args.run, kind=args.checkpoint)
+    run = Run(args.run, kind=args.checkpoint, base=args.base)
     mirror = views(run.config) if args.mirror is None else tuple(args.mirror)
     run.config.eval.mirror = ()  # each view is predicted by itself
     if args.by == "disagreement" and not mirror:

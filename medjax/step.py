@@ -118,7 +118,7 @@ def start_from(start: transfer.Start, state: State) -> State:
 def refer(
     start: transfer.Start, state: State, abstract: State, reference: Any, folder: Path
 ) -> tuple[dict[str, Any], State]:
-    """The state with the parameters that its checkpoints leave out, and the reference they have instead.
+    """The reference that checkpoints have instead of the parameters they leave out, and the state with those.
 
     Args:
       reference: of the checkpoint the run goes on from; it must fit. None: the run begins. folder: of the run.
@@ -127,7 +127,10 @@ def refer(
     if reference:
         start.verify(reference, paths, folder)
     base = transfer.fill(abstract.base, start.params)
-    return reference or start.reference(paths, folder), state.replace(base=base)  # type: ignore[attr-defined]
+    here = start.reference(paths, folder)
+    if reference and reference["beside"] == here["beside"]:
+        here = reference  # not moved, or the run with it: called as it was
+    return here, state.replace(base=base)  # type: ignore[attr-defined]
 
 
 def averaging(config: ConfigDict, job: Job) -> Callable[[Any, Any, Any], Any] | None:

@@ -88,7 +88,8 @@ def _train(
             raise Damaged(told)
         meta, start = checkpoints.meta("latest", step), None
         if meta.get("base"):
-            start = transfer.open_start(config, job.model, job.plan.modalities, workdir, meta["base"])
+            own = checkpoints.held("latest", step)
+            start = transfer.open_start(config, job.model, job.plan.modalities, workdir, meta["base"], own)
         known = dataclasses.replace(job, known=frozenset(start.params if start else ()))
         abstract = abstract_state(config, known, mesh).stored
         checkpoints.check("latest", step, abstract)

@@ -106,35 +106,64 @@ class Start:
         missing = [path for path in paths if path not in self.params]
         if missing or peft.digest(self.params, paths) != reference["sha256"]:
             raise UserError(
-                f"{folder}: its checkpoints hold a change of {reference['source']}, but {self.source.where} has other "
-                "weights, or a key of init or peft has changed since. Bring back what it was trained on."
+                f"{self.source.where}: has other weights than {reference['source']} had, of which {folder} holds a "
+                "change, or a key of init or peft has changed since"
             )
 
 
 def open_start(
-    config: ConfigDict, model: Any, modalities: Sequence[str], folder: Path, reference: Mapping[str, Any] | None = None
+    config: ConfigDict,
+    model: Any,
+    modalities: Sequence[str],
+    folder: Path,
+    reference: Mapping[str, Any] | None = None,
+    own: Collection[str] = (),
 ) -> Start | None:
     """Reads `config.init.source`, its `{seed}` filled in, and maps it onto the parameters of `model`; None without.
 
     Args:
       folder: of the run. reference: of a run that goes on, or is read: what its checkpoint says of the source.
+      own: with a reference: paths that the checkpoint holds itself.
     """
     where = config.init.source.replace("{seed}", str(config.seed))
     if reference:
-        given = [where] if where else []
-        places = [*map(Path, given), Path(reference["source"]), folder / reference["beside"]]
-        place = next((p for p in places if p.exists()), None)
-        if place is None:
-            raise UserError(
-                f"{folder}: its checkpoints hold a change of {reference['source']}, which is not there (nor is "
-                f"{places[-1]}). Put it back, or say where it is with --config.init.source."
-            )
-        source = read(place, reference["kind"] or "best", reference["step"] if reference["kind"] else None)
-    elif where:
-        source = read(Path(where), config.init.which)
-    else:
-        return None
-    return match(source, describe(config, model, modalities), config.init)
+        return _referred(where, describe(config, model, modalities), config.init, folder, reference, own)
+    return (
+        match(read(Path(where), config.init.which), describe(config, model, modalities), config.init) if where else None
+    )
+
+
+def _referred(
+    given: str,
+    target: Target,
+    rules: Mapping[str, Any],
+    folder: Path,
+    reference: Mapping[str, Any],
+    own: Collection[str],
+) -> Start:
+    """The weights of a reference, from the first place that has them: given, beside the run, as it was named."""
+    named = [given] if given != reference["source"] else []
+    places = [*map(Path, filter(None, named)), folder / reference["beside"], Path(reference["source"])]
+    tried = {place.resolve(): place for place in places}  # what is one place is called as it was named
+    paths = [path for path in target.shapes if path not in own]
+    failures = []
+    for place in tried.values():
+        try:
+            if not place.exists():
+                raise UserError(f"{place}: is not there")
+            kind = reference["kind"]
+            start = match(read(place, kind or "best", reference["step"] if kind else None), target, rules)
+            start.verify(reference, paths, folder)
+        except UserError as error:
+            failures.append(str(error))
+        else:
+            return start
+    raise UserError(
+        f"{folder}: its checkpoints hold a change of {reference['source']}, which is not found as it was:"
+        + "".join(f"\n  {failure}" for failure in failures)
+        + "\nPut it back, or say where it is: --config.init.source=FOLDER of medjax.main, --base=FOLDER of "
+        "medjax.predict, medjax.select and medjax.merge."
+    )
 
 
 def describe(config: ConfigDict, model: Any, modalities: Sequence[str]) -> Target:
@@ -229,28 +258,37 @@ def _of_run(checkpoints: checkpoint.Checkpoints, run: Path, path: Path, kind: st
     return Source(path, f"{path} ({kind}, step {step})", params, meta["config"]["model"], modalities, kind, step)
 
 
-def whole_parameters(checkpoints: checkpoint.Checkpoints, kind: str, step: int, folder: Path) -> Weights:
-    """The parameters to evaluate of a checkpoint, as its network takes them: parts and changes put together."""
+def whole_parameters(
+    checkpoints: checkpoint.Checkpoints, kind: str, step: int, folder: Path, source: str = ""
+) -> Weights:
+    """The parameters to evaluate of a checkpoint, as its network takes them: parts and changes put together.
+
+    Args:
+      folder: of the run. source: where what it is a change of may lie now, if elsewhere than it lay.
+    """
     trained, frozen = checkpoints.parameters(kind, step)
     meta, base = checkpoints.meta(kind, step), None
     if meta.get("base"):
         config = config_lib.from_json(meta["config"])
         model = build_model(config, tasks.build(config.tasks, meta["labels"]))
-        start = open_start(config, model, json.loads(meta["plan"])["modalities"], folder, meta["base"])
-        assert start is not None
+        config.init.source = source or config.init.source
         own = {**peft.flat(trained), **peft.flat(frozen)}
-        referred = [path for path in (*start.params, *start.missing) if path not in own]
-        start.verify(meta["base"], referred, folder)
-        base = peft.nest({path: start.params[path] for path in referred})
+        start = open_start(config, model, json.loads(meta["plan"])["modalities"], folder, meta["base"], own)
+        assert start is not None
+        base = peft.nest({path: array for path, array in start.params.items() if path not in own})
+    elif source:
+        warn_once(f"{folder}: its checkpoint holds all of its parameters; nothing is read from {source}")
     whole = peft.flat(peft.combine(trained, frozen, base))
     return {path: np.asarray(leaf) for path, leaf in whole.items()}
 
 
-def restore_parameters(checkpoints: checkpoint.Checkpoints, kind: str, step: int, like: Any, folder: Path) -> Any:
+def restore_parameters(
+    checkpoints: checkpoint.Checkpoints, kind: str, step: int, like: Any, folder: Path, source: str = ""
+) -> Any:
     """The same in the shapes, types and shardings of `like`."""
-    if not checkpoints.divided(kind, step):
+    if not source and not checkpoints.divided(kind, step):
         return checkpoints.restore_parameters(kind, step, like)
-    found = whole_parameters(checkpoints, kind, step, folder)
+    found = whole_parameters(checkpoints, kind, step, folder, source)
     checkpoints.check_parameters(kind, step, peft.nest(found), like)
     return fill(like, found)
 
@@ -287,7 +325,7 @@ def match(source: Source, target: Target, rules: Mapping[str, Any]) -> Start:
         if fitted is None:
             misfits.append(f"{path}: {_size(array.shape)} there, {_size(shape)} here{how}")
             continue
-        done.params[path] = np.ascontiguousarray(fitted, np.float32)
+        done.params[path] = np.asarray(fitted, np.float32, order="C")
         if how:
             done.reshaped[path] = f"{_size(array.shape)} -> {_size(shape)}, {how}"
     taken = {names[path] for path in done.params}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ import pytest
 from medjax import models
 from medjax.errors import UserError
 from medjax.models import layers
+from medjax.models.adapters import Insert
 from medjax.models.attention import attend, from_windows, relative_bias, shifted_regions, to_windows
 from medjax.models.heads import DenseHead
 from medjax.models.model import Model, parameter_count
@@ -167,6 +169,34 @@ def test_gradients_reach_every_parameter(name: str) -> None:
     if name in ("resenc", "vit", *LONG):
         again = gradient(small(name, remat=True)[0])
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), again, found)
+
+
+# What adapters stand after, and how many there are: blocks, the outer one where they hold blocks.
+ADAPTED = {
+    "nnunet": (r"encoder\d/block\d|decoder/stage\d/block\d", 10),
+    "resenc": (r"stem|encoder\d/block\d_(conv\d|skip)|decoder/stage\d/block0", 13),
+    "resnet": (r"stem|layer\d_block\d|decoder/image/block\d|decoder/unet/stage\d/block0", 11),
+    "densenet": (r"stem|block\d_layer\d", 4),
+    "inception": (r"stem\d|group\d_block\d|decoder/image/block\d|decoder/unet/stage\d/block0", 18),
+    "mednext": (r"(encoder|decoder)\d_block\d|(down|up)\d", 9),
+    "vit": (r"encoder/block\d", 2),
+    "unetr": (r"encoder/block\d|image|skip\d_block\d|decoder\d/block", 12),
+    "swin": (r"stage\d_block\d", 2),
+    "swin_unetr": (r"stage\d_block\d|image|skip\d|decoder\d/block", 6),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_adapters_stand_after_what_a_backbone_repeats(name: str) -> None:
+    net, x = small(name, remat=True)
+    model = Model(net, {}, Insert("adapter", 3))
+    made = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), x)["params"]
+    leaves = jax.tree_util.tree_flatten_with_path(made)[0]
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    places = {path.split("/adapter/")[0] for path in paths if "/adapter/" in path}
+    pattern, number = ADAPTED[name]
+    assert all(re.fullmatch(f"backbone/({pattern})", place) for place in places), places
+    assert len(places) == number, places
 
 
 def test_stochastic_regularisation_needs_training_and_a_key() -> None:

@@ -11,20 +11,21 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import layouts
 import numpy as np
 import optax
 import pytest
 from test_train import a_batch, load, make, state_bytes
-from untrained import make_run
+from untrained import labels_of, make_run, run_predict
 
 from medjax import config as config_lib
 from medjax import job as job_lib
-from medjax import main, models, optim, parallel, peft, predict, report, tasks, transfer
+from medjax import main, merge, models, optim, parallel, peft, predict, report, tasks, transfer
 from medjax.checkpoint import Checkpoints
 from medjax.errors import UserError
 from medjax.models.adapters import Insert
 from medjax.models.attention import TransformerBlock
-from medjax.models.layers import Conv3D
+from medjax.models.layers import Conv3D, ConvTranspose3D, PatchConvTranspose
 from medjax.models.model import Model, build_model
 from medjax.models.vit import ViT
 from medjax.ops.conv3d import conv3d
@@ -80,6 +81,24 @@ def test_parts_of_the_network_train_besides() -> None:
     assert both.trained == HEADS | {"backbone/up0/kernel", "backbone/up0/bias"}
     some = peft.divide(settings(peft__type="probe", peft__train=(r".*/norm/.*",)), SHAPES)
     assert some.trained == {path for path in SHAPES if "/norm/" in path}
+
+
+def test_stored_statistics_never_train() -> None:
+    shapes = {**SHAPES, **{f"backbone/encoder0/block0/norm/{leaf}": (16,) for leaf in ("mean", "variance")}}
+    rules = ((r".*", {"decay": 1.0}),)
+    for config in (settings(optim__rules=rules), settings(peft__type="probe", peft__train=(".*",))):
+        division = peft.divide(config, shapes)
+        assert division.frozen == set(shapes) - set(SHAPES)
+    # A parameter of that name alone is none.
+    assert peft.divide(settings(), {**SHAPES, "backbone/mean": (3,)}).whole
+
+
+def test_what_has_no_use_is_said(capsys: pytest.CaptureFixture) -> None:
+    peft.divide(settings(peft__targets=("backbone/up0/kernel",)), SHAPES)
+    assert "peft.type is empty, so everything trains" in capsys.readouterr().err
+    peft.divide(settings(peft__type="norm"), SHAPES)  # may have been said before
+    peft.divide(settings(peft__type="lora", peft__rank=3, init__source="runs/x"), SHAPES)
+    assert "peft.type 'lora' without init.source" not in capsys.readouterr().err
 
 
 def test_low_rank_factors_and_their_share_by_hand() -> None:
@@ -143,6 +162,7 @@ def test_factors_learn_at_the_rate_of_their_kernel() -> None:
         ({"peft__type": "lora", "peft__alpha": 0.0}, "peft.alpha=0.0 must be above 0"),
         ({"peft__type": "probe", "peft__train": ("head",)}, "peft.train 'head' matches no parameter"),
         ({"peft__type": "prompt"}, "finds nothing to train"),
+        ({"peft__type": "bitfit", "peft__targets": (".*",)}, "peft.targets are of lora, adapter and prompt"),
     ],
 )
 def test_what_cannot_be_meant(changes: Any, words: str) -> None:
@@ -170,6 +190,56 @@ def test_the_change_of_a_kernel_is_two_convolutions(inputs: int, outputs: int) -
     else:  # a map to `rank` channels, then a convolution
         more = conv3d(x @ a, jnp.asarray(b.reshape(rank, 3, 3, 3, outputs).transpose(1, 2, 3, 0, 4)))
     np.testing.assert_allclose(got, conv3d(x, jnp.asarray(kernel)) + 0.5 * more, atol=1e-4)
+
+
+def _strided(x: Any, a: Any, b: Any) -> Any:
+    return Conv3D(2, strides=(2, 2, 1), use_bias=False).apply(_kernel(a.reshape(3, 3, 3, 3, 2)), x) @ b
+
+
+def _strided_down(x: Any, a: Any, b: Any) -> Any:
+    kernel = b.reshape(2, 3, 3, 3, 2).transpose(1, 2, 3, 0, 4)
+    return Conv3D(2, strides=(2, 2, 1), use_bias=False).apply(_kernel(kernel), x @ a)
+
+
+def _cells_up(x: Any, a: Any, b: Any) -> Any:
+    kernel = b.reshape(2, 2, 2, 2, 2).transpose(1, 2, 3, 0, 4)
+    return PatchConvTranspose(2, use_bias=False).apply(_kernel(kernel), x @ a)
+
+
+def _transposed(x: Any, a: Any, b: Any) -> Any:
+    # The adjoint of the convolution by a and the map b is that of the map, then that of the convolution.
+    return ConvTranspose3D(2).apply({"params": {"kernel": a.reshape(3, 3, 3, 2, 2), "bias": np.zeros(2)}}, x @ b.T)
+
+
+def _depthwise(x: Any, a: Any, b: Any) -> Any:
+    # Every channel by the same `rank` filters, of which it takes its own mixture.
+    low = [Conv3D(2, use_bias=False).apply(_kernel(a.reshape(3, 3, 3, 1, 2)), x[..., c : c + 1]) for c in range(3)]
+    return jnp.stack([low[c] @ b[:, c] for c in range(3)], axis=-1)
+
+
+def _kernel(array: Any) -> Any:
+    return {"params": {"kernel": jnp.asarray(array)}}
+
+
+@pytest.mark.parametrize(
+    ("layer", "channels", "apart"),
+    [
+        (Conv3D(4, strides=(2, 2, 1), use_bias=False), 3, _strided),
+        (Conv3D(2, strides=(2, 2, 1), use_bias=False), 3, _strided_down),
+        (PatchConvTranspose(2, use_bias=False), 3, _cells_up),
+        (ConvTranspose3D(2), 3, _transposed),
+        (Conv3D(3, groups=3, use_bias=False), 3, _depthwise),
+    ],
+    ids=lambda value: value.__name__.lstrip("_") if callable(value) and hasattr(value, "__name__") else "",
+)
+def test_a_merged_kernel_is_its_factors_beside_the_layer(layer: Any, channels: int, apart: Any) -> None:
+    x = jnp.asarray(RNG.normal(size=(1, 5, 4, 3, channels)), jnp.float32)
+    params = layer.init(jax.random.key(0), x)["params"]
+    a, b = (RNG.normal(size=s).astype(np.float32) for s in peft._factors(params["kernel"].shape, 2))
+    still = {"m": {**params, "kernel_lora_scale": np.float32(0.5)}}
+    merged = peft.combine({"m": {"kernel_lora_a": a, "kernel_lora_b": b}}, still)["m"]
+    want = layer.apply({"params": params}, x) + 0.5 * apart(x, a, b)
+    np.testing.assert_allclose(layer.apply({"params": merged}, x), want, atol=1e-4)
 
 
 def test_nothing_is_computed_where_everything_trains() -> None:
@@ -240,6 +310,8 @@ def test_prompts_and_adapters_that_find_no_block() -> None:
         jax.eval_shape(Model(unet, {}, Insert("prompt", 3)).init, jax.random.key(0), x)
     with pytest.raises(UserError, match="peft.targets 'backbone/stage.*' matches no block"):
         jax.eval_shape(Model(unet, {}, Insert("adapter", 3, ("backbone/stage.*",))).init, jax.random.key(0), x)
+    with pytest.raises(UserError, match=r"'backbone.\*' takes the module 'backbone', which makes no single array"):
+        jax.eval_shape(Model(unet, {}, Insert("adapter", 3, ("backbone.*",))).init, jax.random.key(0), x)
 
 
 def test_nothing_is_inserted_where_it_would_not_train() -> None:
@@ -397,24 +469,60 @@ def test_resumed_it_ends_bit_identical(tuned: Any, tmp_path: Path) -> None:
     assert state_bytes(again) == state_bytes(run)
 
 
-def test_the_base_is_looked_for_and_must_be_what_it_was(tuned: Any, base: Path, tmp_path: Path) -> None:
+def test_the_base_is_looked_for_and_must_be_what_it_was(tuned: Any, tmp_path: Path, capsys: Any) -> None:
     _, source, run = tuned
     want = predict.Run(run, kind="latest").params
     # Both moved together.
     shutil.copytree(source, tmp_path / "base")
     shutil.copytree(run, tmp_path / "run")
-    source.rename(source.with_name("away"))
+    away = source.with_name("away")
+    source.rename(away)
     try:
         found = predict.Run(tmp_path / "run", kind="latest").params
         jax.tree.map(np.testing.assert_array_equal, found, want)
+        # Another that has taken its place is passed over.
+        make_run(source, seed=4)
+        found = predict.Run(tmp_path / "run", kind="latest").params
+        jax.tree.map(np.testing.assert_array_equal, found, want)
         shutil.rmtree(tmp_path / "base")
-        with pytest.raises(UserError, match="hold a change of .* which is not there"):
+        with pytest.raises(
+            UserError, match=r"which is not found as it was:(.|\n)*base: is not there\n.*has other weights"
+        ):
             predict.Run(tmp_path / "run", kind="latest")
-        make_run(tmp_path / "base", seed=4)
-        with pytest.raises(UserError, match="has other weights"):
+        shutil.rmtree(source)
+        with pytest.raises(UserError, match=r"--base=FOLDER"):
             predict.Run(tmp_path / "run", kind="latest")
+        found = predict.Run(tmp_path / "run", kind="latest", base=str(away)).params
+        jax.tree.map(np.testing.assert_array_equal, found, want)
+        predict.Run(away, base=str(run))
+        assert "holds all of its parameters" in capsys.readouterr().err
     finally:
-        source.with_name("away").rename(source)
+        away.rename(source)
+
+
+def test_a_moved_base_is_named_in_every_command(tuned: Any, recipe: Path, tmp_path: Path) -> None:
+    """A run that was interrupted and goes on, its evaluation, prediction; and what it saves says where the base is."""
+    command, source, run = tuned
+    again, away = tmp_path / "again", tmp_path / "away"
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "checkpoints" / "latest" / "4")
+    source.rename(away)
+    try:
+        command = [*command, f"--config.init.source={away}", f"--workdir={again}"]
+        main.main(command)
+        assert state_bytes(again) == state_bytes(run)
+        checkpoints = Checkpoints(again, read_only=True)
+        assert (again / checkpoints.meta("latest", 4)["base"]["beside"]).resolve() == away
+        checkpoints.close()
+        shutil.copytree(run, tmp_path / "eval")
+        main.main([*command[:-1], f"--workdir={tmp_path / 'eval'}", "--mode=eval"])
+        image = next((recipe.parent / "cohort").rglob("*.nii.gz"))
+        predict.main(
+            [f"--run={tmp_path / 'eval'}", f"--input={image}", f"--output={tmp_path / 'out'}", f"--base={away}"]
+        )
+        assert list((tmp_path / "out").glob("*.nii.gz"))
+    finally:
+        away.rename(source)
 
 
 def test_a_run_may_begin_from_a_change(tuned: Any) -> None:
@@ -424,6 +532,59 @@ def test_a_run_may_begin_from_a_change(tuned: Any) -> None:
     assert found.keys() == whole.keys()
     for path, array in found.items():
         np.testing.assert_array_equal(array, whole[path])
+
+
+def test_merged_it_needs_nothing_beside_it(tuned: Any, recipe: Path, tmp_path: Path, capsys: Any) -> None:
+    _, source, run = tuned
+    merge.main([f"--run={run}", f"--to={tmp_path / 'whole'}"])
+    image = next((recipe.parent / "cohort").rglob("*.nii.gz"))
+    run_predict(run, image, tmp_path / "before")
+    source.rename(source.with_name("away"))
+    try:
+        run_predict(tmp_path / "whole", image, tmp_path / "after")
+        found, merged = transfer.read(tmp_path / "whole"), predict.Run(tmp_path / "whole")
+    finally:
+        source.with_name("away").rename(source)
+    files = [next((tmp_path / name).glob("*.nii.gz")) for name in ("before", "after")]
+    np.testing.assert_array_equal(*map(labels_of, files))
+    want = predict.Run(run)
+    assert merged.step == want.step
+    jax.tree.map(np.testing.assert_array_equal, merged.params, want.params)
+    assert found.params.keys() == peft.flat(want.params).keys()
+    with pytest.raises(UserError, match="is not empty"):
+        merge.main([f"--run={run}", f"--to={tmp_path / 'whole'}"])
+
+
+def test_adapters_stay_in_a_merged_network(recipe: Path, base: Path, tmp_path: Path) -> None:
+    main.main(
+        [f"--config={recipe}", f"--config.init.source={base}", "--config.peft.type=adapter", "--config.peft.rank=2",
+         "--config.train.total=1 steps", "--config.eval.pictures=false", "--config.eval.predictions=false",
+         "--config.eval.splits=('val',)", f"--workdir={tmp_path / 'run'}"]
+    )  # fmt: skip
+    merge.main([f"--run={tmp_path / 'run'}", f"--to={tmp_path / 'whole'}"])
+    want, merged = (predict.Run(tmp_path / name) for name in ("run", "whole"))
+    assert any("/adapter/" in path for path in peft.flat(merged.params))
+    jax.tree.map(np.testing.assert_array_equal, merged.params, want.params)
+
+
+def test_devices_share_a_run_of_low_rank(recipe: Path, base: Path, tmp_path: Path) -> None:
+    """Data-parallel and with factors and base divided over two devices, the losses are those of one."""
+    deep = r"backbone/encoder1/.*/kernel"
+    rules = ((deep, (None, None, None, None, "fsdp")), (deep + "_lora_a", ("fsdp", None)), (".*", "fsdp"))
+
+    def call(name: str, *more: str) -> list[str]:
+        given = (f"init.source={base}", "peft.type=lora", "peft.rank=1", "optim.lr=0.02", "train.total=5 steps")
+        return layouts.arguments(recipe, tmp_path / name, *given, *more)
+
+    alone = layouts.start([call("one")], devices=1, log=tmp_path / "one.log")
+    both = [call("data"), call("fsdp", "mesh.data=1", "mesh.fsdp=2", f"mesh_rules={rules!r}")]
+    pair = layouts.start(both, devices=2, log=tmp_path / "two.log")
+    assert [p.wait() for p in (*alone, *pair)] == [0, 0], Path(f"{tmp_path / 'two.log'}.0").read_text()
+    want = layouts.losses(tmp_path / "one")
+    for name in ("data", "fsdp"):
+        np.testing.assert_allclose(list(layouts.losses(tmp_path / name).values()), list(want.values()), rtol=1e-5)
+    # It is read back on one device.
+    predict.Run(tmp_path / "fsdp", kind="latest")
 
 
 def test_a_run_says_what_trains_and_what_stays_at_random(recipe: Path, base: Path, tmp_path: Path, capsys: Any) -> None:
@@ -492,12 +653,13 @@ def test_a_transformers_factors_are_the_published_ones() -> None:
     assert got["heads_a/dense/kernel"] == 1
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_a_stage_that_begins_late_is_as_if_training_began_then(name: str) -> None:
+@pytest.mark.parametrize(("name", "warmup"), [("adamw", 0), ("sgd", 0), ("adamw", 2), ("adamw", 3)])
+def test_a_stage_that_begins_late_is_as_if_training_began_then(name: str, warmup: int) -> None:
+    """With the same warm-up, whether the run's is over (2) or not (3)."""
     _, begins = by_depth(optim__decoder_first="2 steps", optim__unfreeze=("4 steps", "1 steps"))
     config = settings(optim__name=name, optim__lr=0.1, optim__schedule="constant", optim__clip=0.0).optim
-    tx, _ = optim.build(config, TREE, 10, begins=begins)
-    fresh, _ = optim.build(config, TREE, 10)
+    tx, _ = optim.build(config, TREE, 10, warmup, begins=begins)
+    fresh, _ = optim.build(config, TREE, 10, warmup)
     params, state = TREE, tx.init(TREE)
     history = [params]
     for _ in range(6):

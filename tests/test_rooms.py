@@ -18,7 +18,7 @@ FLOORS = {
     "checkpoint": 2, "logging": 2,
     "optim": 2, "pictures": 2, "data": 2, "augment": 2, "models": 2, "losses": 2, "metrics": 2, "tasks": 3,
     "convert": 3, "peft": 3, "transfer": 3, "semi": 4, "predict": 4, "pretext": 4, "measures": 4, "evaluate": 5,
-    "job": 6, "balance": 6, "step": 7, "train": 8, "main": 9, "plan": 9, "compare": 3, "select": 9,
+    "job": 6, "balance": 6, "step": 7, "train": 8, "main": 9, "plan": 9, "compare": 3, "select": 9, "merge": 5,
 }  # fmt: skip
 # Rooms of one floor that may still not see each other, or only what is named.
 ONLY = {

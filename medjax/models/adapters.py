@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -20,6 +21,8 @@ from medjax.models.layers import Linear
 from medjax.ops.gelu import gelu
 
 KINDS = ("adapter", "prompt")
+# How the classes end of what backbones repeat (nn.remat puts 'Checkpoint' before their names).
+_UNITS = ("Block", "DenseLayer", "ResidualConv")
 
 
 class Adapter(nn.Module):
@@ -46,9 +49,10 @@ class Adapter(nn.Module):
 class Insert:
     """Puts adapters after, or prompt tokens before, the modules of a network that match.
 
-    Adapters come after every block of the backbone, and where blocks hold blocks after the outer one. Prompt tokens
-    are the deep kind of visual prompt tuning (Jia et al. 2022): every transformer block sees `size` learnt tokens of
-    its own before the image's, and what it makes of them is dropped.
+    Adapters come after every block of the backbone (of a DenseNet after every dense layer, on the channels it adds),
+    and where blocks hold blocks after the outer one. Prompt tokens are the deep kind of visual prompt tuning (Jia et
+    al. 2022): every transformer block sees `size` learnt tokens of its own before the image's, and what it makes of
+    them is dropped.
 
     Attributes:
       kind: 'adapter' or 'prompt'. size: channels of an adapter; number of tokens.
@@ -85,7 +89,13 @@ class Insert:
             try:
                 if self.kind == "prompt":
                     return self._prompted(context.module, function, *args, **kwargs)
-                return Adapter(self.size, name="adapter")(function(*args, **kwargs))
+                found = function(*args, **kwargs)
+                if not isinstance(found, jax.Array):
+                    raise UserError(
+                        f"config: peft.targets '{target}' takes the module '{'/'.join(context.module.path)}', which "
+                        "makes no single array; name the blocks in it, such as 'backbone/encoder0/block0'"
+                    )
+                return Adapter(self.size, name="adapter")(found)
             finally:
                 inside -= 1
 
@@ -94,11 +104,10 @@ class Insert:
     def _target(self, module: nn.Module) -> str | None:
         """The target that takes a module; '' where all blocks are taken; None: it is left alone."""
         path, kind = "/".join(module.path), type(module).__name__
-        # nn.remat names its classes 'Checkpoint...'.
         fits = kind.endswith("TransformerBlock") if self.kind == "prompt" else True
         if self.targets:
             return next((t for t in self.targets if fits and re.fullmatch(t, path)), None)
-        return "" if fits and path.startswith("backbone/") and kind.endswith("Block") else None
+        return "" if fits and path.startswith("backbone/") and kind.endswith(_UNITS) else None
 
     def _prompted(self, module: nn.Module, function: Callable, x: Array, *args: Any, **kwargs: Any) -> Array:
         prompt = module.param("prompt", nn.initializers.normal(0.02), (self.size, x.shape[-1]), jnp.float32)

@@ -175,8 +175,8 @@ class GroupNormAct(nn.Module):
 class FrozenBatchNormAct(nn.Module):
     """Batch normalisation (Ioffe and Szegedy 2015) by stored statistics, then leaky ReLU.
 
-    For weights trained elsewhere: mean and variance are those of that training and get no gradient (nor weight decay,
-    by the default rules of `optim.rules`); scale and bias train on. The same map at training and at evaluation.
+    For weights trained elsewhere: mean and variance are those of that training and frozen whatever `optim.rules` say;
+    scale and bias train on. The same map at training and at evaluation.
     """
 
     negative_slope: float | None = 0.01
