@@ -568,7 +568,7 @@ def test_adapters_stay_in_a_merged_network(recipe: Path, base: Path, tmp_path: P
 
 
 def test_devices_share_a_run_of_low_rank(recipe: Path, base: Path, tmp_path: Path) -> None:
-    """Data-parallel and with factors and base divided over two devices, the losses are those of one."""
+    """With examples, factors and base divided over two devices the losses are those of one."""
     deep = r"backbone/encoder1/.*/kernel"
     rules = ((deep, (None, None, None, None, "fsdp")), (deep + "_lora_a", ("fsdp", None)), (".*", "fsdp"))
 
@@ -577,12 +577,11 @@ def test_devices_share_a_run_of_low_rank(recipe: Path, base: Path, tmp_path: Pat
         return layouts.arguments(recipe, tmp_path / name, *given, *more)
 
     alone = layouts.start([call("one")], devices=1, log=tmp_path / "one.log")
-    both = [call("data"), call("fsdp", "mesh.data=1", "mesh.fsdp=2", f"mesh_rules={rules!r}")]
-    pair = layouts.start(both, devices=2, log=tmp_path / "two.log")
-    assert [p.wait() for p in (*alone, *pair)] == [0, 0], Path(f"{tmp_path / 'two.log'}.0").read_text()
-    want = layouts.losses(tmp_path / "one")
-    for name in ("data", "fsdp"):
-        np.testing.assert_allclose(list(layouts.losses(tmp_path / name).values()), list(want.values()), rtol=1e-5)
+    split = [call("fsdp", "mesh.data=1", "mesh.fsdp=2", f"mesh_rules={rules!r}")]
+    pair = layouts.start(split, devices=2, log=tmp_path / "fsdp.log")
+    assert [p.wait() for p in (*alone, *pair)] == [0, 0], Path(f"{tmp_path / 'fsdp.log'}.0").read_text()
+    want, found = (list(layouts.losses(tmp_path / name).values()) for name in ("one", "fsdp"))
+    np.testing.assert_allclose(found, want, rtol=1e-5)
     # It is read back on one device.
     predict.Run(tmp_path / "fsdp", kind="latest")
 
