@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from tiny import write_cohort
 
+from benchmarks import task_gradients
 from medjax import main, predict
+from medjax.errors import UserError
 
 RECIPE = """
 from ml_collections import ConfigDict
@@ -109,3 +111,31 @@ def test_a_new_scan_gets_what_the_evaluation_gave(run: Path, tmp_path: Path) -> 
     for task in ("grade", "size", "spot"):
         alone = list(csv.DictReader((tmp_path / "out" / f"{task}.csv").open()))
         assert alone == [row for row in csv.DictReader((made / f"{task}.csv").open()) if row["case"] == "case7"]
+
+
+def test_which_task_drowns_the_others_can_be_asked(run: Path, capsys: pytest.CaptureFixture) -> None:
+    text = (run.parent / "recipe.py").read_text()
+    doubled = run.parent / "doubled.py"
+    doubled.write_text(text.replace('"size": {"type": "regression"}', '"size": {"type": "regression", "weight": 2.0}'))
+    found = []
+    for recipe in (run.parent / "recipe.py", doubled):
+        capsys.readouterr()
+        task_gradients.main([f"--config={recipe}", f"--run={run}", "--batches=2"])
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+        found.append({row.get("task") or "/".join(row["tasks"]): row for row in rows})
+    first, second = found
+    assert len(first) == 4 + 6
+    assert second["size"]["median"] == pytest.approx(2 * first["size"]["median"], rel=1e-4)
+    assert second["organ"]["median"] == pytest.approx(first["organ"]["median"], rel=1e-4)
+    for name, row in first.items():
+        if "/" in name:
+            assert -1 <= row["p10"] <= row["p90"] <= 1
+            assert row["median"] == pytest.approx(second[name]["median"], abs=1e-4)
+    with pytest.raises(UserError, match="another network"):
+        task_gradients.main([f"--config={other_network(run, text)}", f"--run={run}", "--batches=1"])
+
+
+def other_network(run: Path, text: str) -> Path:
+    recipe = run.parent / "other.py"
+    recipe.write_text(text.replace('"features": (8, 8)', '"features": (8, 12)'))
+    return recipe
