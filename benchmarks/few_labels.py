@@ -380,7 +380,8 @@ def calibrate(recipe: str, arg: str, out: Path, arms: Sequence[str]) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # a run that is finished would not be measured again
     found: dict[str, float] = {}
     for arm in arms:
-        given = ",".join(filter(None, [arg, f"arm={arm}"]))
+        which = "arm=mean_teacher,labels=180" if arm == "mean_teacher_all" else f"arm={arm}"
+        given = ",".join(filter(None, [arg, which]))
         command = ["--config.train.total=60 steps", "--config.train.log_every=5 steps", "--config.optim.warmup=1 steps"]
         command += ["--config.train.eval_cases=1", "--config.eval.mirror=()", "--config.init.source="]
         run(["medjax.main", f"--config={recipe}:{given}", f"--workdir={folder / arm}", *command])
