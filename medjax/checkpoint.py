@@ -269,7 +269,11 @@ class Checkpoints:
 
     def check(self, kind: str, step: int, like: Any) -> None:
         """Raises UserError naming what differs unless the checkpoint holds arrays of the shapes of `like`."""
-        self._check(kind, step, self._stored(kind, step), like)
+        self._check(
+            kind, step, self._stored(kind, step), like,
+            " An earlier version of medjax laid some out otherwise: a run of it with adapters or model.norm="
+            "'batch_frozen' cannot go on (with the latter it still predicts).",
+        )  # fmt: skip
 
     def _read(self, kind: str, step: int, like: Any, as_type: Any = None) -> Any:
         ocp = self._ocp
@@ -298,7 +302,7 @@ class Checkpoints:
             cure = " Delete this folder: the one before it, if any, is used then." if self._read_only else ""
             raise Damaged(f"{folder}: the checkpoint is damaged and cannot be read ({reason}).{cure}") from error
 
-    def _check(self, kind: str, step: int, stored: Any, like: Any) -> None:
+    def _check(self, kind: str, step: int, stored: Any, like: Any, more_cure: str = "") -> None:
         lines = mismatch(stored, like)
         # What the optimizer and the average keep of a parameter differs as the parameter does.
         lines = [line for line in lines if line.startswith("params/")] or lines
@@ -309,6 +313,7 @@ class Checkpoints:
                 + "\n  ".join(lines[:12])
                 + more
                 + "\nUse the configuration it was trained with, or another --workdir."
+                + more_cure
             )
 
 

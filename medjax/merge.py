@@ -4,10 +4,16 @@
 
 The new run holds the one checkpoint that is evaluated, its parameters whole: the same arrays that prediction puts
 together. `medjax.predict`, `medjax.select` and `init.source` take it as any other run. Low-rank changes are in the
-kernels then; adapters and prompt tokens, which are no change of weights, stay in the network. It is not resumed.
+kernels then; adapters and prompt tokens, which are no change of weights, stay in the network. It is not resumed:
+`medjax.main` refuses to train in it.
 """
 
 from __future__ import annotations
+
+from medjax import runtime
+
+if __name__ == "__main__":
+    runtime.ensure_tuned_allocator()  # starts anew, so before JAX is imported
 
 import argparse
 import json
@@ -31,17 +37,24 @@ def merge(run: Path, to: Path, *, kind: str = "best", base: str = "") -> tuple[i
 
     Args:
       kind: 'best' or 'latest'; without a best one the latest is taken. base: as of `predict.Run`.
+
+    Raises:
+      UserError: the run needs nothing beside it, or what it needs is not there; `to` is a file, or not empty.
     """
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+    if to.exists() and not to.is_dir():
+        raise UserError(f"{to}: is a file; choose another --to")
+    if to.exists() and any(to.iterdir()):
         raise UserError(f"{to}: is not empty; choose another --to")
-    checkpoints = checkpoint.Checkpoints(checkpoint.require(run), read_only=True)
-    kind = kind if checkpoints.newest(kind) is not None else "latest"
-    step = checkpoints.newest(kind)
-    if step is None:
-        raise UserError(f"{run}: holds no complete checkpoint; train it first")
-    whole = transfer.whole_parameters(checkpoints, kind, step, run, base)
-    meta = {key: value for key, value in checkpoints.meta(kind, step).items() if key != "base"}
-    checkpoints.close()
+    with checkpoint.Checkpoints(checkpoint.require(run), read_only=True) as checkpoints:
+        kind = kind if checkpoints.newest(kind) is not None else "latest"
+        step = checkpoints.newest(kind)
+        if step is None:
+            raise UserError(f"{run}: holds no complete checkpoint; train it first")
+        if not checkpoints.divided(kind, step):
+            raise UserError(f"{run}: holds all of its parameters already; there is nothing to merge")
+        whole = transfer.whole_parameters(checkpoints, kind, step, run, base)
+        meta = {key: value for key, value in checkpoints.meta(kind, step).items() if key != "base"}
+    meta["merged"] = str(run)
     config = config_lib.from_json(meta["config"])
     config.init.source = ""
     if config.peft.type not in adapters.KINDS:

@@ -169,8 +169,8 @@ def _check_use(config: ConfigDict) -> None:
         return
     if peft.targets and peft.type not in ("lora", "adapter", "prompt"):
         raise UserError(
-            f"config: peft.targets are of lora, adapter and prompt; of peft.type '{peft.type}' say in peft.train what "
-            "trains besides, or leave them out"
+            f"config: peft.targets are of lora, adapter and prompt; leave them out (--config.peft.targets='()') with "
+            f"peft.type '{peft.type}', or say in peft.train what trains besides"
         )
     if not config.init.source:
         warn_once(

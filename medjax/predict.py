@@ -5,6 +5,11 @@
 
 from __future__ import annotations
 
+from medjax import runtime
+
+if __name__ == "__main__":
+    runtime.ensure_tuned_allocator()  # starts anew, so before JAX is imported
+
 import argparse
 import ast
 import csv
@@ -23,7 +28,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from medjax import parallel, runtime
+from medjax import parallel
 from medjax.augment import sides
 from medjax.errors import UserError, run_program, write_atomic
 from medjax.ops import native
@@ -417,5 +422,4 @@ def refusal(source: Path, refused: Mapping[str, str], done: int) -> str:
 
 
 if __name__ == "__main__":
-    runtime.ensure_tuned_allocator()
     run_program(main)

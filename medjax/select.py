@@ -11,6 +11,11 @@ farthest from all cases with labels and from each other: uncertain, but not all 
 
 from __future__ import annotations
 
+from medjax import runtime
+
+if __name__ == "__main__":
+    runtime.ensure_tuned_allocator()  # starts anew, so before JAX is imported
+
 import argparse
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from medjax import config as config_lib
-from medjax import runtime
 from medjax.augment import sides
 from medjax.errors import UserError, run_program, warn_once
 from medjax.ops.windows import SlidingWindow
@@ -350,5 +354,4 @@ def views(config: Any) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    runtime.ensure_tuned_allocator()
     run_program(main)

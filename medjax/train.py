@@ -103,6 +103,7 @@ def _train(
     history: dict[str, Any] = meta.get("history", {"best": None, "best_step": None, "stale": 0, "stopped": False})
     first = newest or 0
     if newest is None:
+        refuse_merged(checkpoints, workdir)
         start = transfer.open_start(config, job.model, job.plan.modalities, workdir)
     job = dataclasses.replace(job, known=frozenset(start.params if start else ()))
     if newest is not None and state is None:
@@ -271,6 +272,19 @@ def _train(
     early = " (stopped early)" if history["stopped"] else ""
     best = "" if history["best"] is None else f", best validation score {history['best']:.4f} at {history['best_step']}"
     say(f"trained to step {int(state.step)}{early} in {duration(time.perf_counter() - began)}{best}")
+
+
+def refuse_merged(checkpoints: Checkpoints, workdir: Path) -> None:
+    """Raises UserError if the folder holds what `medjax.merge` wrote: a training would begin anew beside it.
+
+    A best checkpoint without a latest one is no sign of that: so is a run that was killed before its first.
+    """
+    best = checkpoints.newest("best")
+    if best is not None and (run := checkpoints.meta("best", best).get("merged")):
+        raise UserError(
+            f"{workdir}: holds the weights of {run}, merged by medjax.merge, and no training that could go on; train "
+            f"in another --workdir, or begin from them there with --config.init.source={workdir}"
+        )
 
 
 def intervals(config: ConfigDict, n_examples: int) -> Intervals:

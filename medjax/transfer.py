@@ -104,7 +104,14 @@ class Start:
     def verify(self, reference: Mapping[str, Any], paths: Collection[str], folder: Path) -> None:
         """Raises UserError unless the parameters at `paths` are those that the reference was made of."""
         missing = [path for path in paths if path not in self.params]
-        if missing or peft.digest(self.params, paths) != reference["sha256"]:
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise UserError(
+                f"{self.source.where}: the network has parameters here that neither this nor {folder} has: "
+                f"{', '.join(missing[:3])}{more}; a key of model, init or peft has changed since, or the version of "
+                "medjax"
+            )
+        if peft.digest(self.params, paths) != reference["sha256"]:
             raise UserError(
                 f"{self.source.where}: has other weights than {reference['source']} had, of which {folder} holds a "
                 "change, or a key of init or peft has changed since"

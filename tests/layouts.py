@@ -19,6 +19,8 @@ LEAN = (
     "data.batch_size=8", "optim.schedule=constant", "train.eval_every=1000 steps", "train.checkpoint_every=1000 steps",
     "eval.pictures=false", "eval.predictions=false", "eval.splits=('val',)",
 )  # fmt: skip
+# Where augmentation is not what is asked: it is most of what a step takes to compile.
+BARE = ("augment.mirror=()", "augment.affine.p=0.0", "augment.gamma.p=0.0", "augment.noise.p=0.0")
 
 
 def environment(devices: int) -> dict[str, str]:

@@ -20,7 +20,7 @@ from untrained import labels_of, make_run, run_predict
 
 from medjax import config as config_lib
 from medjax import job as job_lib
-from medjax import main, merge, models, optim, parallel, peft, predict, report, tasks, transfer
+from medjax import main, merge, models, optim, parallel, peft, predict, report, tasks, train, transfer
 from medjax.checkpoint import Checkpoints
 from medjax.errors import UserError
 from medjax.models.adapters import Insert
@@ -506,6 +506,15 @@ def test_the_base_is_looked_for_and_must_be_what_it_was(tuned: Any, tmp_path: Pa
         away.rename(source)
 
 
+def test_what_neither_the_run_nor_its_base_has_is_named(tmp_path: Path) -> None:
+    known = {"a/kernel": np.ones(3, np.float32)}
+    start = transfer.Start(transfer.Source(tmp_path, "base", known, {}), known)
+    reference = {"source": "base", "sha256": peft.digest(known, known)}
+    start.verify(reference, known, tmp_path)
+    with pytest.raises(UserError, match=r"neither this nor .* has: a/mean, a/variance; a key of model"):
+        start.verify(reference, [*known, "a/mean", "a/variance"], tmp_path)
+
+
 def test_a_moved_base_is_named_in_every_command(tuned: Any, recipe: Path, tmp_path: Path) -> None:
     """A run that was interrupted and goes on, its evaluation, prediction; and what it saves says where the base is."""
     command, source, run = tuned
@@ -514,14 +523,14 @@ def test_a_moved_base_is_named_in_every_command(tuned: Any, recipe: Path, tmp_pa
     shutil.rmtree(again / "checkpoints" / "latest" / "4")
     source.rename(away)
     try:
-        command = [*command, f"--config.init.source={away}", f"--workdir={again}"]
-        main.main(command)
+        command = [*command, f"--config.init.source={away}"]
+        train.train(load(recipe, *(a.removeprefix("--config.") for a in command[1:])), again)
         assert state_bytes(again) == state_bytes(run)
         checkpoints = Checkpoints(again, read_only=True)
         assert (again / checkpoints.meta("latest", 4)["base"]["beside"]).resolve() == away
         checkpoints.close()
         shutil.copytree(run, tmp_path / "eval")
-        main.main([*command[:-1], f"--workdir={tmp_path / 'eval'}", "--mode=eval"])
+        main.main([*command, f"--workdir={tmp_path / 'eval'}", "--mode=eval"])
         image = next((recipe.parent / "cohort").rglob("*.nii.gz"))
         predict.main(
             [f"--run={tmp_path / 'eval'}", f"--input={image}", f"--output={tmp_path / 'out'}", f"--base={away}"]
@@ -557,8 +566,16 @@ def test_merged_it_needs_nothing_beside_it(tuned: Any, recipe: Path, tmp_path: P
     assert merged.step == want.step
     jax.tree.map(np.testing.assert_array_equal, merged.params, want.params)
     assert found.params.keys() == peft.flat(want.params).keys()
-    with pytest.raises(UserError, match="is not empty"):
-        merge.main([f"--run={run}", f"--to={tmp_path / 'whole'}"])
+    with pytest.raises(UserError, match="merged by medjax.merge, and no training that could go on"):
+        main.main([f"--config={recipe}", f"--workdir={tmp_path / 'whole'}"])
+    for kept, to, words in (
+        (run, "whole", "is not empty"),
+        (run, "whole/config.json", "is a file"),
+        (tmp_path / "whole", "more", "holds all of its parameters already"),
+    ):
+        with pytest.raises(UserError, match=words):
+            merge.main([f"--run={kept}", f"--to={tmp_path / to}"])
+    assert not (tmp_path / "more").exists()
 
 
 def test_adapters_stay_in_a_merged_network(recipe: Path, base: Path, tmp_path: Path) -> None:
@@ -579,8 +596,8 @@ def test_devices_share_a_run_of_low_rank(recipe: Path, base: Path, tmp_path: Pat
     rules = ((deep, (None, None, None, None, "fsdp")), (deep + "_lora_a", ("fsdp", None)), (".*", "fsdp"))
 
     def call(name: str, *more: str) -> list[str]:
-        given = (f"init.source={base}", "peft.type=lora", "peft.rank=1", "optim.lr=0.02", "train.total=5 steps")
-        return layouts.arguments(recipe, tmp_path / name, *given, *more)
+        given = (f"init.source={base}", "peft.type=lora", "peft.rank=1", "optim.lr=0.02", "train.total=3 steps")
+        return layouts.arguments(recipe, tmp_path / name, *layouts.BARE, *given, *more)
 
     alone = layouts.start([call("one")], devices=1, log=tmp_path / "one.log")
     split = [call("fsdp", "mesh.data=1", "mesh.fsdp=2", f"mesh_rules={rules!r}")]

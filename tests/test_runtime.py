@@ -118,6 +118,17 @@ def test_no_restart_where_it_is_unwanted_done_or_tried(tmp_path, environment, sa
     assert done.returncode == 7
 
 
+@pytest.mark.parametrize("program", ["main", "plan.__main__", "predict", "select", "merge"])
+def test_programs_start_anew_before_jax_is_imported(program):
+    code = (
+        "import runpy, sys; from medjax import runtime\n"
+        "def noted(): print('jax' in sys.modules); sys.exit()\n"
+        f"runtime.ensure_tuned_allocator = noted; runpy.run_module('medjax.{program}', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, timeout=60)
+    assert done.stdout == "False\n", done.stderr
+
+
 def test_no_restart_under_pytest(monkeypatch):
     monkeypatch.setattr(runtime, "_state", lambda: (True, ""))
     monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("restarted"))

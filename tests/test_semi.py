@@ -256,6 +256,10 @@ def test_rounds_leave_the_step_as_it_is(recipe: Path) -> None:
     assert cut_sums["semi/ramp"] == sums["semi/ramp"] == 1
 
 
+# Drawn for each example, and quick to compile.
+SOME = "semi.strong=(('brightness', {'p': 0.5, 'std': 0.5}), ('noise', {'p': 0.5, 'std': 0.2}))"
+
+
 @pytest.mark.parametrize(
     ("method", "known", "more"),
     [
@@ -269,8 +273,8 @@ def test_the_teacher_of_fewer_rows_teaches_the_same(
 ) -> None:
     batch = a_batch()
     batch["spheres/mask"][:] = known
-    (_, whole), sums = steps(unlabelled(recipe, method, *more), batch)
-    (_, fewer), fewer_sums = steps(unlabelled(recipe, method, "data.sampling.labelled=0.5", *more), batch)
+    (_, whole), sums = steps(unlabelled(recipe, method, SOME, *more), batch)
+    (_, fewer), fewer_sums = steps(unlabelled(recipe, method, SOME, "data.sampling.labelled=0.5", *more), batch)
     assert sums["semi/spheres"] > 0
     assert fewer_sums == pytest.approx(sums, rel=1e-5)
     # Plain SGD: the parameters differ as the gradients do.
@@ -350,11 +354,11 @@ def test_of_all_cases_the_student_sees_another_view_than_the_teacher(recipe: Pat
 def test_a_teacher_of_few_rows_teaches_on_several_devices_as_on_one(recipe: Path, tmp_path: Path) -> None:
     given = (
         "semi.method=mean_teacher", "semi.rampup=2 steps", "semi.weight=5.0", "data.labelled=2",
-        "data.sampling.labelled=0.5", "train.total=4 steps", "optim.name=sgd",
+        "data.sampling.labelled=0.5", "train.total=4 steps", "optim.name=sgd", SOME,
     )  # fmt: skip
 
     def call(name: str, *more: str) -> list[str]:
-        return layouts.arguments(recipe, tmp_path / name, *given, *more)
+        return layouts.arguments(recipe, tmp_path / name, *layouts.BARE, *given, *more)
 
     started = layouts.start([call("one")], devices=1, log=tmp_path / "one.log")
     started += layouts.start([call("jit"), call("pmap", "parallel=pmap")], devices=2, log=tmp_path / "two.log")

@@ -317,7 +317,7 @@ def test_what_cannot_work_is_refused_in_words(tmp_path: Path, recipe: Path, over
 def test_another_architecture_is_refused_even_by_a_finished_run(finished: Path, recipe: Path) -> None:
     with pytest.raises(UserError) as caught:
         main.main([f"--config={recipe}", f"--workdir={finished}", "--config.model.features=(4,12)"])
-    for words in ("another architecture", "encoder1", "in the checkpoint", "in the model"):
+    for words in ("another architecture", "encoder1", "in the checkpoint", "in the model", "earlier version"):
         assert words in str(caught.value)
 
 

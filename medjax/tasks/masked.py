@@ -22,8 +22,9 @@ class Reconstruction(Pretext):
 
     Voxels outside of the volume count nowhere: not in the loss, nor in `explained`, nor in a block's mean and deviation
     (`normalize`). They are told by their value, exactly 0 in all real channels of the augmented image, which is what a
-    patch beyond the border and spatial transforms fill in; so the background that 'zscore_nonzero' sets to 0 does not
-    count either, and padding counts that a transform of intensities has made something else (noise, brightness).
+    patch beyond the border and spatial transforms fill in; so what normalisation leaves at 0 does not count either (the
+    background of 'zscore_nonzero', what 'percentile' clips to 0, a raw 0 with 'none': 0 HU of a CT), and padding counts
+    that a transform of intensities has made something else (noise, brightness).
     """
 
     metrics = ("error", "explained")
