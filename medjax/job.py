@@ -157,7 +157,7 @@ class Targets(Sequence[tasks.Known]):
         case = self._prepared[number]
         # Findings are in both: the table describes the instances of the mask.
         value = case.values[self._name] if self._name in case.values else case.targets[self._name]
-        return tasks.Known(self._ids[number], np.asarray(value), case.image.shape[:3], self._columns)
+        return tasks.Known(self._ids[number], np.asarray(value), case.image.shape[:3], self._columns, case.geometry)
 
 
 def fit_tasks(config: ConfigDict, job: Job, source: pipeline.Source) -> Job:

@@ -1,5 +1,5 @@
-"""SWA against the plain mean of saved parameters, resumed bit for bit; GradNorm in the step against gradients taken by
-hand."""
+"""SWA against the plain mean of saved parameters, resumed bit for bit; GradNorm and uncertainty weighting in the step
+against gradients taken by hand."""
 
 from __future__ import annotations
 
@@ -164,6 +164,28 @@ def test_gradnorm_in_the_step_is_gradnorm_by_hand(recipe: Path, rounds: int) -> 
         np.testing.assert_allclose(sums[f"task_weight/{name}"], weight, rtol=1e-4)
     # The first step weighs as given: weights of GradNorm begin at 1.
     np.testing.assert_allclose(sums["loss"], np.dot([config.tasks[n].weight for n in names], values), rtol=1e-4)
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_uncertainty_in_the_step_is_uncertainty_by_hand(recipe: Path, rounds: int) -> None:
+    """d/ds of w (exp(-s) L + s / 2), however many rounds add up to the batch; and one step of Adam down it."""
+    config = two(recipe, f"optim.accumulate={rounds}")
+    values = np.array(by_hand(config, two_batch())[0])
+    config.optim.balance = "uncertainty"
+    step, create, mesh = make(config)
+    state, at = jax.jit(create)(), np.array([0.3, -0.4], np.float32)  # not where it begins: exp(-s) must show
+    state = state.replace(balance=(jnp.asarray(at), state.balance[1]))
+    state, sums = step(state, parallel.put_batch(two_batch(), mesh))
+    names = list(config.tasks)
+    weights = np.array([config.tasks[n].weight for n in names])
+    slope = weights * (0.5 - np.exp(-at) * values)
+    log_variances, moments = state.balance
+    np.testing.assert_allclose(moments[0].mu, 0.1 * slope, rtol=1e-4)
+    np.testing.assert_allclose(moments[0].nu, 0.001 * slope**2, rtol=1e-4)
+    np.testing.assert_allclose(log_variances, at - config.optim.lr * np.sign(slope), rtol=1e-4)
+    for name, value in zip(names, log_variances, strict=True):
+        assert sums[f"log_variance/{name}"] == value
+    np.testing.assert_allclose(sums["loss"], weights @ values, rtol=1e-4)  # as logged: by the weights as given
 
 
 def test_what_gradnorm_has_learnt_is_in_the_checkpoint(recipe: Path, tmp_path: Path) -> None:

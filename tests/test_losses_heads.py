@@ -54,6 +54,29 @@ def test_binary_cross_entropy_over_known_answers(data):
     np.testing.assert_allclose(heavy, tripled, rtol=1e-5)
 
 
+def test_smoothed_and_focal_binary_cross_entropy(data):
+    logits, _, answers = data
+    known = ~np.isnan(answers)
+
+    def mean(terms):
+        return (np.asarray(terms) * known).sum(-1) / np.maximum(known.sum(-1), 1)
+
+    hard = np.nan_to_num(answers)
+    for gamma in (1.0, 2.0, 3.5):
+        expected = mean(optax.sigmoid_focal_loss(logits, hard, gamma=gamma))
+        np.testing.assert_allclose(
+            classification.binary_cross_entropy(logits, answers, gamma=gamma), expected, rtol=1e-4
+        )
+    soft = np.where(hard == 1, 0.9, 0.1)
+    expected = mean(optax.sigmoid_binary_cross_entropy(logits, soft))
+    np.testing.assert_allclose(classification.binary_cross_entropy(logits, answers, smoothing=0.2), expected, rtol=1e-5)
+    # All at once: each side of the smoothed answer is a focal loss of its own.
+    p, weights = 1 / (1 + np.exp(-np.float64(logits))), np.array([1.0, 2.0, 0.5, 3.0])
+    terms = -weights * soft * (1 - p) ** 2 * np.log(p) - (1 - soft) * p**2 * np.log(1 - p)
+    found = classification.binary_cross_entropy(logits, answers, smoothing=0.2, gamma=2.0, positive_weights=weights)
+    np.testing.assert_allclose(found, mean(terms), rtol=1e-4)
+
+
 def test_unknown_targets_have_no_loss_and_no_gradient(data):
     logits, labels, answers = data
 
@@ -82,6 +105,9 @@ def test_ordinal(data):
     above = labels[:, None] > np.arange(K - 1)
     expected = -np.where(above, np.log(p), np.log(1 - p)).sum(-1)
     np.testing.assert_allclose(classification.ordinal(steps, labels), np.where(labels >= 0, expected, 0), rtol=1e-5)
+    weights = np.array([0.5, 2.0, 3.0, 7.0])
+    weighted = classification.ordinal(steps, labels, class_weights=weights)
+    np.testing.assert_allclose(weighted, np.where(labels >= 0, expected * weights[labels], 0), rtol=1e-5)
     crossing = classification.ordinal_probabilities(jnp.asarray(steps))
     assert (np.asarray(crossing) >= 0).all()
     np.testing.assert_allclose(np.asarray(crossing).sum(-1), 1, rtol=1e-6)

@@ -66,6 +66,9 @@ def test_operating_points():
     assert c.operating_point(s, t, specificity=0.9) == (0.8, pytest.approx(2 / 3), 1.0)
     assert c.operating_point(s, t, specificity=6 / 7) == (0.6, 1.0, pytest.approx(6 / 7))
     assert c.operating_point(s, t, specificity=0.0).sensitivity == 1
+    for asked in ({"specificity": 90}, {"specificity": -0.1}, {"sensitivity": 1.1}, {"sensitivity": math.nan}):
+        with pytest.raises(UserError, match=f"operating point: {next(iter(asked))} .* is outside 0 to 1"):
+            c.operating_point(s, t, **asked)
     assert c.operating_point(s, t, sensitivity=0.6) == (0.8, pytest.approx(2 / 3), 1.0)
     assert c.operating_point([0.3, 0.3], [1, 0], specificity=0.5) == (math.inf, 0.0, 1.0)
     with pytest.raises(UserError, match="exactly one"):

@@ -305,11 +305,53 @@ def test_segmentation_learns_class_weights(capsys):
         ({"levels": 0}, "levels=0"),
         ({"smoothing": 1.0}, r"smoothing=1\.0: needs a number from 0 on and below 1"),
         ({"top": 0.0}, r"top=0\.0"),
+        ({"convention": "medpy"}, "convention='medpy' is not known; known: monai, surface-distance, pooled"),
+        ({"nsd_tolerance": -1.0}, r"nsd_tolerance=-1\.0: needs a number from 0 on"),
+        ({"nsd_tolerance": math.nan}, "nsd_tolerance=nan"),
+        ({"nsd_tolerance": "2"}, "nsd_tolerance=2: needs a number"),
+        ({"class_weights": (1.0, -1.0, 1.0, 1.0)}, "weights are from 0 on"),
+        ({"lesions": True, "lesion_dilation": 1.5}, r"lesion_dilation=1\.5: needs a whole number from 0 on"),
+        ({"lesions": True, "lesion_volume": -1.0}, r"lesion_volume=-1\.0"),
+        # What does nothing.
+        ({"lesion_dilation": 1}, "lesion_dilation=1 does nothing here, for it acts where lesions is True alone"),
+        ({"lesion_volume": 2.0}, "lesion_volume=2.0 does nothing"),
+        ({"smoothing": 0.1, "voxelwise": "focal"}, "smoothing=0.1 does nothing here.*where voxelwise is 'ce'"),
+        ({"smoothing": 0.1, "ce": 0.0}, "smoothing=0.1 does nothing"),
+        ({"gamma": 1.0}, "gamma=1.0 does nothing here.*where voxelwise is 'focal'"),
+        ({"top": 0.2}, "top=0.2 does nothing"),
+        ({"batch_dice": True, "overlap": "tversky"}, "batch_dice=True does nothing here.*where overlap is 'dice'"),
+        ({"batch_dice": True, "dice": 0.0}, "batch_dice=True does nothing"),
+        ({"alpha": 0.5}, "alpha=0.5 does nothing here.*where overlap is 'tversky'"),
+        ({"beta": 0.5}, "beta=0.5 does nothing"),
+        ({"voxelwise": "focal", "ce": 0.0}, "voxelwise='focal' does nothing"),
+        ({"overlap": "tversky", "dice": 0.0}, "overlap='tversky' does nothing"),
     ],
 )
 def test_segmentation_refuses(options, message):
     with pytest.raises(UserError, match=message):
         Segmentation("t", LABELS, **options)
+
+
+def test_regions_of_the_same_labels_are_noted(capsys):
+    """One of the two can never differ from the other in the reference."""
+    same = {"inner": ("core", "enhancing"), "middle": ("enhancing", "core"), "whole": ("core", "enhancing", "oedema")}
+    Segmentation("twins", LABELS, regions=same)
+    assert "task 'twins': regions 'inner' and 'middle' cover the same labels" in capsys.readouterr().err
+    Segmentation("nested", LABELS, regions=REGIONS)
+    assert "nested" not in capsys.readouterr().err
+
+
+def test_which_lesions_count_is_the_tasks_to_say():
+    reference = np.zeros((24, 12, 12), int)
+    reference[2:8, 2:8, 2:8] = reference[10:13, 2:5, 2:5] = 1  # 216 mm³; 27 mm³ two voxels beside it
+    reference[20:23, 2:5, 2:5] = 1
+    found = np.where(np.arange(24)[:, None, None] < 9, reference, 0)
+    scores = [
+        Segmentation("t", {"a": 1}, lesions=True, **options).score(found, reference, (1, 1, 1))[0]["lesion_f1"]
+        for options in ({}, {"lesion_dilation": 0}, {"lesion_volume": 2.0}, {"lesion_dilation": 0, "lesion_volume": 2})
+    ]
+    # Dilated the two near ones are one lesion; of 50 mm³ and more there is one, with the other merged or left out.
+    assert scores == pytest.approx([1, 1, 2 / 3, 2 / 4])
 
 
 # ----------------------------------------------------------------------------------------------------- classification
@@ -457,8 +499,16 @@ def test_every_reading_option_is_one_of_its_task():
     built = tasks.build(read, LABELS)
     assert (built["grade"].temperature, built["nodules"].limit, built["nodules"].rates) == (2, 3, [1.0])
     assert "temperature" not in CONFIG["grade"]
-    with pytest.raises(UserError, match="above 0"):
-        tasks.build(tasks.read_as(CONFIG, {"grade": {"temperature": 0}}), LABELS)
+    for reading, message in (
+        ({"grade": {"temperature": 0}}, "above 0"),
+        ({"binary": {"specificity": 90.0}}, "specificity=90.0: needs a number from 0 to 1"),
+        ({"binary": {"threshold": -1.0}}, "threshold=-1.0"),
+        ({"labels": {"nsd_tolerance": -1.0}}, "nsd_tolerance=-1.0"),
+        ({"labels": {"convention": "medpy"}}, "convention='medpy'"),
+        ({"nodules": {"rates": ()}}, "needs rates of false positives"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tasks.build(tasks.read_as(CONFIG, reading), LABELS)
 
 
 def test_classification_learns_class_weights_and_refuses():
@@ -487,9 +537,41 @@ def test_classification_learns_class_weights_and_refuses():
         ({"names": ("a", "b"), "temperature": 0.0}, "above 0"),
         ({"names": ("a", "b"), "smoothing": -0.1}, "smoothing=-0.1"),
         ({"names": ("a", "b"), "gamma": -1.0}, "gamma=-1.0"),
+        ({"names": ("a", "b"), "specificity": 90}, "specificity=90: needs a number from 0 to 1"),
+        ({"names": ("a", "b"), "specificity": math.nan}, "specificity=nan"),
+        ({"names": ("a", "b"), "problem": "binary", "threshold": -0.5}, "threshold=-0.5: needs a number from 0 to 1"),
+        ({"names": ("a", "b"), "problem": "binary", "threshold": "half"}, "threshold=half"),
+        ({"names": ("a", "b"), "class_weights": (1.0, -1.0)}, "weights are from 0 on"),
+        ({"names": ("a", "b"), "dropout": 1.0}, "dropout=1.0"),
+        ({"names": ("a", "b"), "hidden": 2.5}, "hidden=2.5: needs a whole number"),
+        ({"names": ("a", "b"), "levels": -1}, "levels=-1"),
+        # What does nothing.
+        ({"names": ("a", "b"), "problem": "ordinal", "smoothing": 0.1}, "smoothing=0.1 does nothing here"),
+        ({"names": ("a", "b"), "problem": "ordinal", "gamma": 2.0}, "gamma=2.0 does nothing here"),
+        (
+            {"names": ("a", "b"), "coral": False},
+            "coral=False does nothing here, for it acts where problem is 'ordinal'",
+        ),
+        ({"names": ("a", "b"), "threshold": 0.3}, "threshold=0.3 does nothing here"),
     ):
         with pytest.raises(UserError, match=message):
             Classification("t", **options)
+
+
+@pytest.mark.parametrize("problem", ["binary", "multilabel"])
+def test_options_of_the_loss_reach_it(problem):
+    """Smoothing, exponent and weights of a task, by NumPy."""
+    rng = np.random.default_rng(0)
+    width = 1 if problem == "binary" else 2
+    logits = rng.normal(0, 2, (4, width)).astype(np.float32)
+    target = rng.integers(0, 2, (4, width))
+    options = {"smoothing": 0.2, "gamma": 1.5, "class_weights": (3.0,) * width}
+    task = Classification("t", ("a", "b"), problem, **options)
+    found = task.loss([jnp.asarray(logits)], {"t/target": jnp.asarray(target[:, 0] if width == 1 else target)})
+    p = 1 / (1 + np.exp(-np.float64(logits)))
+    t = target * 0.8 + 0.1
+    terms = -3 * t * (1 - p) ** 1.5 * np.log(p) - (1 - t) * p**1.5 * np.log(1 - p)
+    np.testing.assert_allclose(found, terms.mean(-1), rtol=1e-4)
 
 
 def test_a_class_absent_from_training_is_noted(capsys):
@@ -551,6 +633,14 @@ def test_regression_of_several_numbers_and_refusals():
         ({"interval": 1.0}, "interval=1.0"),
         ({"centre": (1.0, 2.0)}, "centre needs 1"),
         ({"scale": (0.0,)}, "above 0"),
+        ({"beta": -1.0}, "beta=-1.0: needs a number from 0 on"),
+        ({"beta": None}, "beta=None: needs a number"),
+        ({"hidden": -1}, "hidden=-1"),
+        # What does nothing.
+        ({"beta": 0.5, "objective": "squared"}, "beta=0.5 does nothing here"),
+        ({"beta": 0.5, "uncertainty": "gaussian"}, "beta=0.5 does nothing here"),
+        ({"objective": "squared", "uncertainty": "quantiles"}, "objective='squared' does nothing here"),
+        ({"interval": 0.9}, "interval=0.9 does nothing here, for it acts where uncertainty is 'gaussian' or"),
     ):
         with pytest.raises(UserError, match=message):
             Regression("n", **options)

@@ -231,6 +231,15 @@ def test_scores_of_a_cohort():
     assert a["cpm"] == a["sensitivity_at_1"] == 0.5
     assert a["error_mm"] == 1
     assert a["average_precision"] == 0.5
+    # Of the two lesions of a one was found, and of b the one there is.
+    for metric in ("error_mm", "size_mae_mm", "malignant_auroc"):
+        counts = {k: (v["n"], v["of"]) for k, v in summary[metric]["per_class"].items()}
+        assert counts == {"a": (1, 2), "b": (1, 1)}
+    assert "of" not in summary["cpm"]["per_class"]["a"]
+    unrated = [{**row, "malignant_reference": math.nan} for row in rows]
+    assert SIMPLE.summarize(unrated, resamples=0)["malignant_auroc"]["per_class"]["a"] == {
+        "mean": None, "ci95": [None, None], "n": 0, "of": 0,
+    }  # fmt: skip
     assert summary["cpm"]["per_class"]["b"]["mean"] == 1
     assert summary["cpm"]["mean"] == 0.75
     nothing = SIMPLE.summarize([r for r in rows if r["event"] in ("none", "missed")])
@@ -266,6 +275,41 @@ def test_findings_without_a_size_are_told(capsys, monkeypatch):
     assert [row["event"] for row in SIMPLE.score(near, point, SPACING)][:2] == ["missed", "false"]
 
 
+def test_a_class_absent_from_training_is_noted(capsys):
+    """As is a landmark that no case has; what there is is learnt."""
+    Detection("rare", ("a", "b", "c")).fit(known([[5, 5, 5, 4, 4, 4, 2, 0]]))
+    assert "task 'rare': no training case has a, c; the network cannot learn it" in capsys.readouterr().err
+    points = np.array([[1, 2, 3, 0, 0, 0, 1], [4, 4, 4, 0, 0, 0, 3]], float)
+    dataclasses.replace(POINTS, name="few").fit([Known("c", points, S, ())])
+    assert "task 'few': no training case has right; the network cannot learn it" in capsys.readouterr().err
+
+
+def test_a_finding_that_reaches_beyond_the_volume_is_noted(capsys):
+    """Its centre is inside; of a box that is too large (a radius taken for a diameter, cm) nothing else tells."""
+
+    def note(row, geometry=None) -> str:
+        task = Detection(f"edge{len(notes)}", ("a",))
+        table = np.array([[12, 10, 8, 6, 6, 6, 1], row], np.float32)
+        task.fit([Known("c1", table, S, (), geometry), Known("c2", table[:1], S, (), geometry)])
+        notes.append(capsys.readouterr().err)
+        return notes[-1]
+
+    notes: list[str] = []
+    assert note([1, 10, 8, 4, 4, 4, 1]) == ""  # half a voxel beyond the first plane's edge
+    assert "1 of 3 findings reach more than a voxel beyond their volume (the first: case c1, finding 2)" in note(
+        [1, 10, 8, 6, 4, 4, 1]
+    )
+    assert "finding 2" in note([12, 10, 14, 4, 4, 6, 1])
+    coarse = SimpleNamespace(affine=np.diag([*SPACING, 1.0]))  # 2 mm along z: 6 mm are three voxels
+    assert note([12, 10, 14, 4, 4, 6, 1], coarse) == ""
+    assert "finding 2" in note([12, 10, 14, 4, 4, 9, 1], coarse)
+    long = [2.5, 10, 8, 1, 9, 1, 1]  # along the world's y, half of it along the turned grid's x
+    assert note(long) == ""
+    assert note(long, oblique()) == ""
+    assert "finding 2" in note([2.5, 10, 8, 1, 18, 1, 1], oblique())
+    assert note([0, 0, 0, 0, 0, 0, 1]).count("reach") == 0  # a point
+
+
 def test_detection_learns_and_refuses():
     rows = [[5, 5, 5, 4, 4, 4, 1, 0], [9, 9, 9, 9, 9, 9, 2, 1]]
     learnt = SIMPLE.fit(known(rows, []))
@@ -299,6 +343,30 @@ def test_detection_learns_and_refuses():
         ({"heat": "mse"}, "heat='mse'"),
         ({"box": "l2"}, "box='l2'"),
         ({"rule": "touch"}, "rule='touch'"),
+        ({"rates": ()}, r"rates=\(\): needs rates of false positives a scan, numbers from 0 on"),
+        ({"rates": (1.0, -1.0)}, "needs rates"),
+        ({"rates": (math.nan,)}, "needs rates"),
+        ({"rates": "1"}, "needs rates"),
+        ({"offset": -1.0}, "offset=-1.0: needs a number from 0 on"),
+        ({"size": -1.0}, "size=-1.0"),
+        ({"giou": -1.0}, "giou=-1.0"),
+        ({"attribute": -1.0}, "attribute=-1.0"),
+        ({"spread": -0.1}, "spread=-0.1"),
+        ({"limit": -1}, "limit=-1: needs a whole number from 1 on"),
+        ({"limit": 2.5}, "limit=2.5"),
+        ({"iou": 1.5}, "iou=1.5: needs a number from 0 to 1"),
+        ({"rule": "iou", "match_iou": -0.1}, "match_iou=-0.1"),
+        ({"score_from": 5}, "score_from=5: needs a number from 0 to 1"),
+        ({"level": -1}, "level=-1"),
+        ({"features": 0}, "features=0"),
+        (
+            {"attributes": (("m", "number"),), "moments": ((0.0, 0.0),)},
+            "a standard deviation above 0 of each attribute",
+        ),
+        ({"moments": ((0.0, 1.0),)}, "of each attribute"),
+        # What does nothing.
+        ({"match_iou": 0.5}, "match_iou=0.5 does nothing here, for it acts where rule is 'iou' alone"),
+        ({"attribute": 2.0}, "attribute=2.0 does nothing here"),
     ):
         with pytest.raises(UserError, match=message):
             Detection("t", **options)
@@ -412,5 +480,11 @@ def test_landmark_refuses():
     ):
         with pytest.raises(UserError, match=message):
             POINTS.fit(wrong)
-    with pytest.raises(UserError, match="sigma=0.0 must be above 0"):
-        Landmark("t", ("a",), sigma=0.0)
+    for options, message in (
+        ({"sigma": 0.0}, "sigma=0.0 must be above 0"),
+        ({"mse": -1.0}, "mse=-1.0"),
+        ({"score_from": 2.0}, "score_from=2.0: needs a number from 0 to 1"),
+        ({"level": 0.5}, "level=0.5"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Landmark("t", ("a",), **options)

@@ -67,6 +67,9 @@ def operating_point(
     """
     if [threshold, specificity, sensitivity].count(None) != 2:
         raise UserError("operating point: give exactly one of threshold, specificity and sensitivity")
+    for name, asked in (("specificity", specificity), ("sensitivity", sensitivity)):
+        if asked is not None and not 0 <= asked <= 1:
+            raise UserError(f"operating point: {name} {asked} is outside 0 to 1")
     s, t = _binary(scores, truths)
     positives = int(t.sum())
     negatives = len(t) - positives

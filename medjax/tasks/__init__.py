@@ -48,7 +48,7 @@ TASKS = {
 
 # type in a config -> options that say how answers are read and scored, which `config.eval.tasks` may change
 READING = {
-    "segmentation": ("nsd_tolerance", "convention", "centreline", "lesions"),
+    "segmentation": ("nsd_tolerance", "convention", "centreline", "lesions", "lesion_dilation", "lesion_volume"),
     "classification": ("temperature", "threshold", "specificity"),
     "detection": ("score_from", "limit", "iou", "rule", "match_iou", "rates"),
     "landmark": ("score_from", "tolerance", "penalty"),
@@ -63,12 +63,14 @@ class Known(NamedTuple):
       value: mask int [X, Y, Z]; class int []; number float []; vector float [K]; findings float [M, 7 + A].
       shape: of the prepared grid.
       columns: names of the A attributes of findings.
+      geometry: the way back (`affine`: prepared voxel -> world mm); None: voxels of 1 mm along the world's axes.
     """
 
     case: str
     value: np.ndarray
     shape: tuple[int, int, int]
     columns: tuple[str, ...] = ()
+    geometry: Any = None
 
 
 class Task(Protocol):
@@ -168,7 +170,8 @@ class Task(Protocol):
 
         Returns:
           `{metric: {"mean": m, "ci95": [low, high], "per_class": {class: {"mean": m, "ci95": [low, high], "n": n}}}}`,
-          None where undefined; the metrics of most interest first. Intervals are 95 % bootstrap over patients.
+          with `of` where n is of so many, and None where undefined; the metrics of most interest first. Intervals are
+          95 % bootstrap over patients.
         """
 
     def selection(self, summary: Mapping[str, Any]) -> float:

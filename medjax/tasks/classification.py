@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,11 +38,11 @@ class Classification(Defaults):
       weight: of this task among several.
       levels, pool, hidden, dropout: of the head (`medjax.models.heads.PooledHead`).
       coral: ordinal classes share their weights and differ by a bias (CORAL); False: each threshold has its own.
-      smoothing: of the labels (not for 'ordinal'). gamma: of the focal loss; 0: cross-entropy.
+      smoothing: of the labels. gamma: of the focal loss; 0: cross-entropy. Neither for 'ordinal'.
       balance: class weights from the training cases: 'none', 'inverse', 'sqrt' or 'effective'; for 'binary' and
         'multilabel' it is positives against negatives. class_weights: those weights; learnt unless given.
       temperature: logits are divided by it (`calibrate`).
-      threshold: probability from which a binary answer is called positive.
+      threshold: probability from which an answer of 'binary' or 'multilabel' is called positive.
       specificity: at which a sensitivity is reported.
     """
 
@@ -73,6 +74,15 @@ class Classification(Defaults):
             raise UserError(f"{self.where('class_weights')} needs {self._weighted} numbers")
         self.from_to("smoothing", 0, 1)
         self.from_to("gamma", 0)
+        for key in ("threshold", "specificity"):
+            self.share(key)
+        self.check_pooled()
+        if any(not 0 <= w < math.inf for w in self.class_weights):
+            raise UserError(f"{self.where('class_weights')}={tuple(self.class_weights)}: weights are from 0 on")
+        for key in ("smoothing", "gamma"):
+            self.acts(key, self.problem != "ordinal", "where problem is not 'ordinal'")
+        self.acts("coral", self.problem == "ordinal", "where problem is 'ordinal'")
+        self.acts("threshold", self.problem in ("binary", "multilabel"), "where problem is 'binary' or 'multilabel'")
         if not self.temperature > 0:
             raise UserError(f"{self.where('temperature')}={self.temperature} must be above 0")
 

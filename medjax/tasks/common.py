@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -51,13 +52,38 @@ class Defaults:
 
     def from_to(self, key: str, low: float, below: float = math.inf) -> None:
         """Raises UserError unless the option `key` is a number from `low` on and below `below`."""
-        value = getattr(self, key)
-        if not low <= value < below:
+        if not is_number(value := getattr(self, key)) or not low <= value < below:
             limit = "" if below == math.inf else f" and below {below:g}"
             raise UserError(f"{self.where(key)}={value}: needs a number from {low:g} on{limit}")
 
+    def share(self, key: str) -> None:
+        """Raises UserError unless the option `key` is a number from 0 to 1."""
+        if not is_number(value := getattr(self, key)) or not 0 <= value <= 1:
+            raise UserError(f"{self.where(key)}={value}: needs a number from 0 to 1")
 
-@dataclass(frozen=True)
+    def count(self, key: str, least: int) -> None:
+        """Raises UserError unless the option `key` is a whole number from `least` on."""
+        if not is_number(value := getattr(self, key)) or value % 1 or not least <= value < math.inf:
+            raise UserError(f"{self.where(key)}={value}: needs a whole number from {least} on")
+
+    def check_pooled(self) -> None:
+        """Checks the options of `medjax.models.heads.PooledHead`."""
+        self.count("levels", 0)
+        self.count("hidden", 0)
+        self.from_to("dropout", 0, 1)
+
+    def acts(self, key: str, acts: object, where: str) -> None:
+        """Raises UserError where the option `key` is set, to another value than its default, and does nothing.
+
+        Args:
+          acts: whether it does something. where: says when it would.
+        """
+        default = next(f.default for f in dataclasses.fields(self) if f.name == key)  # type: ignore[arg-type]
+        if not acts and (value := getattr(self, key)) != default:
+            raise UserError(f"{self.where(key)}={value!r} does nothing here, for it acts {where} alone: leave it out")
+
+
+@dataclasses.dataclass(frozen=True)
 class Found:
     """A finding as a user reads it.
 
@@ -80,6 +106,11 @@ class Found:
         places = zip(("x_mm", "y_mm", "z_mm"), self.center, strict=True)
         sizes = zip(("size_x_mm", "size_y_mm", "size_z_mm"), self.size, strict=True)
         return {"class": self.label, "score": self.score, **dict(places), **dict(sizes), **self.attributes}
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number (nan is one, True is none)."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_names(task: str, names: Sequence[str], least: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import flax.linen as nn
 import jax
@@ -27,7 +27,7 @@ from medjax.metrics import regression as number_metrics
 from medjax.metrics import stats
 from medjax.models.heads import HeatHead
 from medjax.tasks import findings
-from medjax.tasks.common import Defaults, Found, Kind, Odd, check_names, first_metric
+from medjax.tasks.common import Defaults, Found, Kind, Odd, check_names, first_metric, is_number
 from medjax.tasks.findings import LABEL
 
 PRIOR = 0.01  # probability a heat map begins with (Lin et al. 2017)
@@ -83,7 +83,22 @@ class Detection(Defaults):
         check_names(self.name, self.names, 1)
         self.one_of("heat", ("focal", "bce", "bce_mse"))
         self.one_of("box", ("smooth_l1", "squared"))
-        self.one_of("rule", ("radius", "iou"))
+        self.one_of("rule", get_args(metrics.Rule))
+        for key in ("offset", "size", "giou", "attribute", "spread", "typical"):
+            self.from_to(key, 0)
+        for key in ("score_from", "iou", "match_iou"):
+            self.share(key)
+        self.count("level", 0)
+        self.count("features", 1)
+        self.count("limit", 1)
+        if (
+            isinstance(self.rates, str)
+            or not self.rates
+            or not all(is_number(r) and 0 <= r < math.inf for r in self.rates)
+        ):
+            raise UserError(
+                f"{self.where('rates')}={self.rates!r}: needs rates of false positives a scan, numbers from 0 on"
+            )
         for pair in self.attributes:
             if isinstance(pair, str) or len(pair) != 2 or not (pair[1] in ("binary", "number") or _classes(pair[1])):
                 raise UserError(
@@ -94,6 +109,13 @@ class Detection(Defaults):
         names = [name for name, _ in self.attributes]
         if len(set(names)) < len(names) or taken & set(names):
             raise UserError(f"{self.where('attributes')}: names must differ and be none of {', '.join(sorted(taken))}")
+        self.acts("match_iou", self.rule == "iou", "where rule is 'iou'")
+        self.acts("attribute", self.attributes, "where there are attributes")
+        if len(self.moments) not in (0, len(names)) or any(not scale > 0 for _, scale in self.moments):
+            raise UserError(
+                f"{self.where('moments')}={self.moments!r}: needs a mean and a standard deviation above 0 of each "
+                f"attribute ({', '.join(names) or 'none'})"
+            )
 
     @property
     def kind(self) -> Kind:
@@ -145,6 +167,7 @@ class Detection(Defaults):
                 f"task '{self.name}': {points} of {len(rows)} findings have no size. Within a radius of 0 lies "
                 "nothing, so they always count as missed: give them the size within which a candidate is right"
             )
+        self._note_cut(known, len(rows))
         moments = []
         for name, kind in self.attributes:
             values = rows[:, LABEL + 1 + columns.index(name)]
@@ -182,6 +205,21 @@ class Detection(Defaults):
                     f"{where}: label {row[LABEL]:g}; the task has 1 to {len(self.names)} ({', '.join(self.names)})"
                 )
             seen[int(row[LABEL]) - 1] += 1
+
+    def _note_cut(self, known: Sequence[Any], count: int) -> None:
+        """Notes findings that reach by more than a voxel beyond the prepared volume their centres lie in."""
+        cut = []
+        for one in known:
+            rows = np.asarray(one.value, np.float64)
+            half = findings.reach(rows[:, 3:6], findings.affine_of(one.geometry))
+            beyond = np.maximum(half - rows[:, :3], rows[:, :3] + half - (np.asarray(one.shape) - 1.0)) - 0.5
+            cut += [f"case {one.case}, finding {i + 1}" for i in np.flatnonzero((beyond > 1.0).any(axis=1))]
+        if cut:
+            warn_once(
+                f"task '{self.name}': {len(cut)} of {count} findings reach more than a voxel beyond their volume (the first: "
+                f"{cut[0]}). What is outside is not seen, and training does not seek what the border of a patch cuts; "
+                "check their sizes, which are full extents in mm, and the cropping"
+            )
 
     def _check_attribute(self, name: str, kind: Any, values: np.ndarray) -> None:
         if not len(values):
@@ -379,7 +417,10 @@ class Detection(Defaults):
         return self._row(name, "hit", **values)
 
     def summarize(self, rows: Sequence[Mapping[str, Any]], *, resamples: int = 1000) -> dict[str, Any]:
-        """CPM, the sensitivities it is the mean of, average precision; of what is found: distance, size, attributes."""
+        """CPM, the sensitivities it is the mean of, average precision; of what is found: distance, size, attributes.
+
+        Of the latter `n` is how many lesions were found and have the attribute, `of` how many have it, found or not.
+        """
         marked, seen = [], set()
         for number, row in enumerate(rows):
             scan = (row["class"], row.get("case", number))
@@ -417,7 +458,15 @@ class Detection(Defaults):
                 wanted[f"{name}_auroc"] = hits(class_metrics.auroc, name, f"{name}_reference")
             else:
                 wanted[f"{name}_mae"] = hits(number_metrics.mean_absolute_error, name, f"{name}_reference")
-        return stats.summarize_cohort(marked, wanted, self.names, n=resamples)
+        summary = stats.summarize_cohort(marked, wanted, self.names, n=resamples)
+        known = {"error_mm": "reference_size_mm", "size_mae_mm": "reference_size_mm"}
+        for name, kind in self.attributes:
+            known[f"{name}_{'auroc' if kind == 'binary' else 'mae'}"] = f"{name}_reference"
+        for metric, key in known.items():
+            for name, values in summary[metric]["per_class"].items():
+                events = [r["event"] for r in rows if r["class"] == name and not math.isnan(r[key])]
+                values |= {"n": events.count("hit"), "of": events.count("hit") + events.count("missed")}
+        return summary
 
     def selection(self, summary: Mapping[str, Any]) -> float:
         return first_metric(summary, "cpm") or 0.0

@@ -161,6 +161,11 @@ def sizes_to_world(sizes: np.ndarray, affine: np.ndarray) -> np.ndarray:
     return np.sqrt(np.square(sizes) @ np.square(turn).T)
 
 
+def reach(sizes: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """How far ellipsoids of full extents [n, 3] (mm, along the world's axes) reach along the grid's: voxels [n, 3]."""
+    return np.sqrt(np.square(sizes / 2) @ np.square(np.linalg.inv(affine[:3, :3])).T)
+
+
 def reference_rows(value: np.ndarray, geometry: Any) -> np.ndarray:
     """A table of findings as prepared, [M, 7 + A], with its centres in world mm; rows of NaN (padding) left out."""
     rows = np.asarray(value, np.float64)

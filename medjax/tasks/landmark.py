@@ -57,6 +57,10 @@ class Landmark(Defaults):
         for key in ("sigma", "tolerance", "penalty"):
             if not getattr(self, key) > 0:
                 raise UserError(f"{self.where(key)}={getattr(self, key)} must be above 0 mm")
+        self.from_to("mse", 0)
+        self.share("score_from")
+        self.count("level", 0)
+        self.count("features", 1)
 
     @property
     def kind(self) -> Kind:

@@ -30,7 +30,7 @@ class Regression(Defaults):
       unit: for the reader.
       uncertainty: 'none'; 'gaussian', a variance is predicted too (heteroscedastic likelihood); or 'quantiles', of the
         interval's ends and the median.
-      objective: without uncertainty: 'smooth_l1' or 'squared'. beta: of smooth L1, in standard deviations.
+      objective: without uncertainty: 'smooth_l1' or 'squared'. beta: of smooth L1, in standard deviations; 0: plain L1.
       interval: coverage of the predicted interval.
       weight: of this task among several.
       levels, pool, hidden, dropout: of the head (`medjax.models.heads.PooledHead`).
@@ -57,6 +57,12 @@ class Regression(Defaults):
         self.one_of("objective", ("smooth_l1", "squared"))
         self.one_of("pool", POOLS)
         check_names(self.name, self.numbers, 1)
+        self.from_to("beta", 0)
+        self.check_pooled()
+        self.acts("objective", self.uncertainty == "none", "where uncertainty is 'none'")
+        plain = self.uncertainty == "none" and self.objective == "smooth_l1"
+        self.acts("beta", plain, "where uncertainty is 'none' and objective 'smooth_l1'")
+        self.acts("interval", self.uncertainty != "none", "where uncertainty is 'gaussian' or 'quantiles'")
         if not 0 < self.interval < 1:
             raise UserError(f"{self.where('interval')}={self.interval} is outside (0, 1)")
         for key in ("centre", "scale"):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import flax.linen as nn
 import jax
@@ -42,7 +43,7 @@ class Segmentation(Defaults):
       ce, dice, unified, boundary: weights of the parts of the loss.
       voxelwise: the voxel-wise part: 'ce' (cross-entropy), 'focal' or 'top_k' (of the worst voxels alone).
       overlap: the overlap part: 'dice', 'generalised_dice' or 'tversky'.
-      gamma: exponent of the focal loss. top: share of voxels of 'top_k'.
+      gamma: exponent of 'focal'. top: share of voxels of 'top_k'.
       alpha, beta: weight of false positives and false negatives in 'tversky'.
       batch_dice: pool the Dice sums over the batch rather than per example ('dice' alone); the batch is what one
         accumulation round holds, and with parallel='pmap' its part on one device.
@@ -53,7 +54,9 @@ class Segmentation(Defaults):
       nsd_tolerance: millimetres, for the normalised surface distance.
       convention: of HD95 and ASSD (`medjax.metrics.segmentation.hausdorff`).
       centreline: score clDice too, for vessels and airways.
-      lesions: score lesion by lesion too, by the rules of BraTS 2023.
+      lesions: score lesion by lesion too, by the rules of BraTS 2023 (`medjax.metrics.lesions`). lesion_dilation:
+        steps of a voxel by which the reference is dilated to see what is one lesion. lesion_volume: mm³; lesions of so
+        little or less do not count. The defaults are those of gliomas; metastases have 1 and 2.
     """
 
     name: str
@@ -80,6 +83,8 @@ class Segmentation(Defaults):
     convention: metrics.Convention = "monai"
     centreline: bool = False
     lesions: bool = False
+    lesion_dilation: int = 3
+    lesion_volume: float = 50.0
 
     def __post_init__(self) -> None:
         ordered = sorted(self.regions.items(), key=lambda item: -len(item[1]))
@@ -92,7 +97,7 @@ class Segmentation(Defaults):
         self.one_of("balance", weighting.CLASS_WEIGHTS)
         for key, low in {"ce": 0, "dice": 0, "unified": 0, "boundary": 0, "gamma": 0, "alpha": 0, "beta": 0}.items():
             self.from_to(key, low)
-        self.from_to("levels", 1)
+        self.count("levels", 1)
         self.from_to("smoothing", 0, 1)
         if not (self.ce or self.dice or self.unified or self.boundary):
             raise UserError(f"{self.where('ce')}, dice, unified and boundary are all 0: there is no loss")
@@ -108,8 +113,27 @@ class Segmentation(Defaults):
                 f"{self.where('class_weights')}: {len(self.class_weights)} weights for {self.outputs} outputs "
                 f"({'regions' if self.regions else 'background and labels'})"
             )
+        if any(not 0 <= w < math.inf for w in self.class_weights):
+            raise UserError(f"{self.where('class_weights')}={tuple(self.class_weights)}: weights are from 0 on")
+        self.one_of("convention", get_args(metrics.Convention))
+        self.from_to("nsd_tolerance", 0)
+        self.count("lesion_dilation", 0)
+        self.from_to("lesion_volume", 0)
+        self._check_idle()
         if self.ignore in self.foreground.values() or self.ignore == 0:
             raise UserError(f"{self.where('ignore')}={self.ignore} is the value of a label, or the background")
+
+    def _check_idle(self) -> None:
+        """Refuses options of parts of the loss and of scores that there are not."""
+        self.acts("voxelwise", self.ce, "where ce is above 0")
+        self.acts("overlap", self.dice, "where dice is above 0")
+        voxelwise, overlap = self.voxelwise if self.ce else "", self.overlap if self.dice else ""
+        for key, choice in (("smoothing", "ce"), ("gamma", "focal"), ("top", "top_k")):
+            self.acts(key, voxelwise == choice, f"where voxelwise is '{choice}' and ce above 0")
+        for key, choice in (("batch_dice", "dice"), ("alpha", "tversky"), ("beta", "tversky")):
+            self.acts(key, overlap == choice, f"where overlap is '{choice}' and dice above 0")
+        for key in ("lesion_dilation", "lesion_volume"):
+            self.acts(key, self.lesions, "where lesions is True")
 
     def _check_regions(self) -> None:
         covered: dict[frozenset[str], str] = {}
@@ -357,7 +381,9 @@ class Segmentation(Defaults):
             if self.centreline:
                 row["cldice"] = metrics.centreline_dice(*pair)
             if self.lesions:
-                found = lesions.lesion_metrics(pair[0], pair[1], step)
+                found = lesions.lesion_metrics(
+                    *pair, step, dilation=self.lesion_dilation, min_volume=self.lesion_volume
+                )
                 row |= {"lesion_dice": found.dice, "lesion_hd95": found.hd95, "lesion_f1": found.f1}
         return rows
 
