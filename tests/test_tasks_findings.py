@@ -302,7 +302,7 @@ def test_a_finding_that_reaches_beyond_the_volume_is_noted(capsys):
     assert "finding 2" in note([12, 10, 14, 4, 4, 6, 1])
     coarse = SimpleNamespace(affine=np.diag([*SPACING, 1.0]))  # 2 mm along z: 6 mm are three voxels
     assert note([12, 10, 14, 4, 4, 6, 1], coarse) == ""
-    assert "finding 2" in note([12, 10, 14, 4, 4, 9, 1], coarse)
+    assert "finding 2" in note([12, 10, 14, 4, 4, 12, 1], coarse)
     long = [2.5, 10, 8, 1, 9, 1, 1]  # along the world's y, half of it along the turned grid's x
     assert note(long) == ""
     assert note(long, oblique()) == ""

@@ -216,9 +216,9 @@ class Detection(Defaults):
             cut += [f"case {one.case}, finding {i + 1}" for i in np.flatnonzero((beyond > 1.0).any(axis=1))]
         if cut:
             warn_once(
-                f"task '{self.name}': {len(cut)} of {count} findings reach more than a voxel beyond their volume (the first: "
-                f"{cut[0]}). What is outside is not seen, and training does not seek what the border of a patch cuts; "
-                "check their sizes, which are full extents in mm, and the cropping"
+                f"task '{self.name}': {len(cut)} of {count} findings reach more than a voxel beyond their volume (the "
+                f"first: {cut[0]}). What is outside is not seen, and training does not seek what a patch's border "
+                "cuts; check their sizes, which are full extents in mm, and the cropping"
             )
 
     def _check_attribute(self, name: str, kind: Any, values: np.ndarray) -> None:
