@@ -382,7 +382,7 @@ class Segmentation(Defaults):
                 row["cldice"] = metrics.centreline_dice(*pair)
             if self.lesions:
                 found = lesions.lesion_metrics(
-                    *pair, step, dilation=self.lesion_dilation, min_volume=self.lesion_volume
+                    pair[0], pair[1], step, dilation=self.lesion_dilation, min_volume=self.lesion_volume
                 )
                 row |= {"lesion_dice": found.dice, "lesion_hd95": found.hd95, "lesion_f1": found.f1}
         return rows
