@@ -166,9 +166,38 @@ def test_gradients_reach_every_parameter(name: str) -> None:
     dead = [path for path, g in leaves.items() if not np.abs(g).max() > 0 and not path.endswith(("mean", "variance"))]
     # A bias before an instance normalisation cancels.
     assert [path for path in dead if not path.endswith("bias")] == []
-    if name in ("resenc", "vit", *LONG):
-        again = gradient(small(name, remat=True)[0])
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), again, found)
+    again = gradient(small(name, remat=True)[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), again, found)
+
+
+# Encoders whose small network has no decoder, with one: shapes of the levels, the encoder's coarsest last.
+DECODED = {
+    "densenet": [(8, 8, 16, 8), (4, 4, 8, 4), (2, 2, 4, 6), (1, 1, 2, 7)],
+    "swin": [(8, 16, 8, 8), (4, 8, 4, 4), (4, 4, 2, 8)],
+}
+
+
+@pytest.mark.parametrize("name", [n for n in SMALL if n not in ("inception", "unetr", "swin_unetr")])
+def test_bfloat16_says_what_float32_says(name: str) -> None:
+    """Each level to a few percent of its norm. What `DECODED` lists runs with a decoder on its levels."""
+    more = {"decoder": "unet", "decoder_convs": 1, "bottleneck": True} if name in DECODED else {}
+    net, x = small(name, **more)
+    half = net.clone(dtype=jnp.bfloat16)
+
+    @jax.jit
+    def both() -> Any:
+        levels, variables = net.init_with_output(jax.random.key(1), x)
+        return levels, half.apply(variables, x)
+
+    wide, narrow = both()
+    if name in DECODED:
+        assert [v.shape[1:] for v in wide] == DECODED[name]
+        assert [v.shape for v in jax.eval_shape(lambda: small(name, **more, levels=2)[0].init_with_output(
+            jax.random.key(1), x)[0])] == [v.shape for v in (*wide[:2], wide[-1])]  # fmt: skip
+    for a, b in zip(wide, narrow, strict=True):
+        assert b.dtype == jnp.bfloat16
+        error = np.linalg.norm(np.float32(a) - np.float32(b)) / np.linalg.norm(np.float32(a))
+        assert 0 < error < 0.06, error
 
 
 # What adapters stand after, and how many there are: blocks, the outer one where they hold blocks.

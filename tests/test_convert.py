@@ -280,8 +280,8 @@ def test_nnunet_equals_its_package(residual: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("names", ["monai", "paper"])
-def test_mednext_equals_monai(names: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("names", "kernel"), [("monai", 3), ("paper", 3), ("monai", 5)])
+def test_mednext_equals_monai(names: str, kernel: int, tmp_path: Path) -> None:
     """By MONAI's names, and by those of the paper's own code, whose axes are (z, y, x)."""
     nets = pytest.importorskip("monai.networks.nets")
     net = randomised(
@@ -290,7 +290,7 @@ def test_mednext_equals_monai(names: str, tmp_path: Path) -> None:
             in_channels=2,
             out_channels=3,
             encoder_expansion_ratio=(2, 3),
-            kernel_size=3,
+            kernel_size=kernel,
             decoder_expansion_ratio=(3, 2),
             bottleneck_expansion_ratio=4,
             use_residual_connection=True,
@@ -361,6 +361,37 @@ def test_unetr_equals_monai(embedding: str, tmp_path: Path) -> None:
         net, "unetr", (1, 32, 32, 48, 2), tmp_path, lambda x: [net(x)], task="lesion", options=options,
         image=(32, 32, 48),
     )  # fmt: skip
+
+
+@pytest.mark.peers
+def test_swin_alone_equals_monai(tmp_path: Path) -> None:
+    swin = pytest.importorskip("monai.networks.nets.swin_unetr")
+    net = randomised(
+        swin.SwinTransformer(
+            in_chans=2, embed_dim=8, window_size=(3, 3, 3), patch_size=(2, 2, 2), depths=(2, 2, 2, 2),
+            num_heads=(2, 2, 4, 4), spatial_dims=3, downsample="mergingv2",
+        )
+    )  # fmt: skip
+    agree(net, "swin", (1, 32, 64, 32, 2), tmp_path, lambda x: list(net(x)), source="monai_v2")
+
+
+@pytest.mark.peers
+def test_vit_alone_equals_monai(tmp_path: Path) -> None:
+    nets = pytest.importorskip("monai.networks.nets")
+    grid = (2, 2, 3)
+    net = randomised(
+        nets.ViT(
+            in_channels=2, img_size=tuple(16 * n for n in grid), patch_size=16, hidden_size=24, mlp_dim=32,
+            num_layers=3, num_heads=3,
+        )
+    )  # fmt: skip
+
+    def reference(x: Any) -> list[Any]:
+        tokens = net(x)[0]
+        return [tokens.transpose(1, 2).reshape(len(x), 24, *grid)]
+
+    image = tuple(16 * n for n in grid)
+    agree(net, "vit", (1, *image, 2), tmp_path, reference, options={"heads": 3}, image=image)
 
 
 @pytest.mark.peers

@@ -70,6 +70,23 @@ def test_remat_changes_nothing_but_memory() -> None:
     jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-4, atol=1e-6), a, b)
 
 
+def test_unet_drops_channels_in_training_alone() -> None:
+    x = jax.random.normal(jax.random.key(1), (1, 4, 4, 4, 2))
+    plain, net = (UNet(features=(4, 8), convs=1, decoder_convs=1, dropout=rate) for rate in (0.0, 0.5))
+    variables = initialised(plain, x)
+    assert jax.tree.structure(variables) == jax.tree.structure(jax.eval_shape(lambda: net.init(jax.random.key(0), x)))
+
+    @jax.jit
+    def both(key: jax.Array) -> Any:
+        trained = net.apply(variables, x, train=True, rngs={"dropout": key})[0]
+        return trained, [n.apply(variables, x, train=t)[0] for n, t in ((plain, True), (net, True), (net, False))]
+
+    (first, (bare, *same)), (other, _) = both(jax.random.key(0)), both(jax.random.key(1))
+    assert np.abs(first - other).max() > 1e-3
+    for found in same:
+        np.testing.assert_array_equal(found, bare)
+
+
 def test_a_batch_equals_its_examples() -> None:
     """Instance normalisation: no example sees another."""
     x = jax.random.normal(jax.random.key(2), (3, 8, 12, 8, 2))

@@ -31,13 +31,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield folder
 
 
-def run(name: str, cache: Path, arg: str = "debug") -> tuple[Path, dict[str, Any]]:
-    """The run folder of a recipe and its test metrics; trained once for all tests."""
+def run(name: str, cache: Path, arg: str = "debug", *more: str, split: str = "test") -> tuple[Path, dict[str, Any]]:
+    """The run folder of a recipe and its metrics of a split; trained once for all tests."""
     workdir = cache / "runs" / name
     if name not in RUNS:
-        main.main([f"--config={REPO}/configs/{name}.py:{arg}", f"--workdir={workdir}"])
+        main.main([f"--config={REPO}/configs/{name}.py:{arg}", f"--workdir={workdir}", *more])
         RUNS[name] = workdir
-    return workdir, json.loads((workdir / "eval" / "test" / "summary.json").read_text())["metrics"]
+    return workdir, json.loads((workdir / "eval" / split / "summary.json").read_text())["metrics"]
 
 
 def losses(workdir: Path) -> list[float]:
@@ -110,6 +110,36 @@ def test_colorectal(cache: Path) -> None:
     assert {"cpm", "size_mae_mm", "pedunculated_auroc", "flat_auroc"} <= set(metrics)
 
 
+# Of ACDC three patients of every diagnosis: enough to learn each from two or more.
+HEARTS = {"DCM": (1, 2, 3), "HCM": (21, 22, 23), "MINF": (41, 42, 43), "NOR": (61, 62, 63), "RV": (81, 82, 83)}
+
+
+@pytest.mark.real
+def test_cardiac(cache: Path, data_root: Path) -> None:
+    folder = data_root / "cardiac_acdc"
+    truth = {row["patient"]: row["group"] for row in csv.DictReader((folder / "patients.csv").read_text().splitlines())}
+    kept = {f"patient{number:03d}" for numbers in HEARTS.values() for number in numbers}
+    left_out = tuple(patient for patient in truth if patient not in kept)
+    keys = (f"--config.data.exclude={left_out}", "--config.data.split.stratify=group")
+    workdir, metrics = run("cardiac", cache, f"debug,data={folder}", *keys, split="val")
+    assert np.isfinite(losses(workdir)).all()
+    assert set(metrics["dice"]["per_class"]) == {"RV", "myocardium", "LV"}
+    evaluated = workdir / "eval" / "val"
+    summary = json.loads((evaluated / "summary.json").read_text())
+    assert summary["n_cases"] == len(list((evaluated / "predictions").glob("*.nii.gz"))) == 8
+    assert {"lv_ef_percent", "rv_ef_percent", "mass_g", "wall_mm"} <= set(summary["measures"])
+    # Six steps teach no heart: what is asked of is the reference masks, and that every patient has a row.
+    table = json.loads((workdir / "measures.json").read_text())["diagnosis"]
+    assert set(table["fitted"]["classes"]) == set(HEARTS)
+    judged = summary["diagnosis"]
+    assert judged["n"] == 4
+    assert judged["on_reference_masks"] >= 0.5
+    with open(evaluated / "diagnosis.csv", newline="") as rows:
+        said = {row["patient"]: row["reference"] for row in csv.DictReader(rows)}
+    assert said == {patient: truth[patient] for patient in said}
+    assert len(said) == 4
+
+
 @pytest.mark.real
 def test_lung_nodule(cache: Path, data_root: Path) -> None:
     workdir, metrics = run("lung_nodule", cache, f"debug,data={data_root / 'lung_nodules'}")
@@ -139,3 +169,44 @@ def test_brats_folder_is_read(tmp_path: Path) -> None:
     assert [len(case.images) for case in cohort.cases] == [4, 4, 4, 3, 4, 4]
     assert all("tumour" in case.targets for case in cohort.cases)
     assert tasks.build(config.tasks, cohort.labels)["tumour"].classes["core"] == (1, 3)
+
+
+@pytest.mark.real
+def test_two_real_cases_are_read_and_predicted(data_root: Path, tmp_path: Path) -> None:
+    """A folder whose masks have another name, one case without any: predicted both, scored what has a mask."""
+    from untrained import make_run
+
+    from medjax import config as config_lib
+    from medjax import models, tasks
+    from medjax.data import dataset
+    from medjax.evaluate import evaluate_split
+    from medjax.predict import Run
+
+    options = {"model": models.options, "tasks": tasks.options}
+    recipe = f"{REPO}/configs/brain_tumour.py:debug,data={data_root / 'brats_4mod'}"
+
+    def load(*keys: str) -> Any:
+        return config_lib.load(recipe, keys, lambda room, kind: options[room](kind))
+
+    config = load()
+    with pytest.raises(UserError, match=r"\*seg.nii.gz' finds no file. There are: .*seg-BraTS23_1.nii.gz"):
+        dataset.open_cohort(config.data, config.tasks)
+    config = load("data.targets.tumour={case}/seg-BraTS23_1.nii.gz")
+    cohort = dataset.open_cohort(config.data, config.tasks)
+    assert {case.id: set(case.targets) for case in cohort.cases} == {
+        "BraTS-GLI-00001-000": {"tumour"},
+        "BraTS-MET-00110-000": set(),
+    }
+    with pytest.raises(UserError, match=r"folds=5: must be from 2 to the number of patients \(2\)"):
+        dataset.open_splits(cohort, config.data, config.seed, check_content=False)
+    folder = make_run(
+        tmp_path / "run", config.tasks.to_dict(), modalities=cohort.modalities, labels=dict(cohort.labels),
+        spacing=(4.0, 4.0, 4.0), missing="zero", evaluation={"pictures": False},
+    )  # fmt: skip
+    summary = evaluate_split(Run(folder), "test", cohort.cases, tmp_path / "eval")
+    assert summary["n_cases"] == 1
+    assert set(summary["metrics"]["dice"]["per_class"]) == {"whole tumour", "core", "enhancing"}
+    for case in cohort.cases:
+        image, said = nib.load(case.images["T1"]), nib.load(tmp_path / "eval" / "predictions" / f"{case.id}.nii.gz")
+        assert said.shape == image.shape == (240, 240, 155)
+        np.testing.assert_array_equal(said.affine, image.affine)

@@ -28,6 +28,7 @@ class UNet(nn.Module):
       kernels: convolution kernel of each stage, or one for all.
       convs: convolutions of each encoder stage, or one number for all.
       decoder_convs: convolutions of each decoder stage, or one number for all.
+      dropout: of whole channels after each convolution.
       levels: how many decoder levels are returned (for deep supervision); 0: all but the bottleneck.
       remat: recompute each stage in the backward pass instead of keeping its activations.
       dtype: of the computation; parameters are float32.
@@ -38,6 +39,7 @@ class UNet(nn.Module):
     kernels: Sequence[Any] = (3, 3, 3)
     convs: Any = 2
     decoder_convs: Any = 2
+    dropout: float = 0.0
     levels: int = 0
     remat: bool = False
     dtype: Any = jnp.float32
@@ -60,13 +62,14 @@ class UNet(nn.Module):
         convs = counts(self.convs, n, "model.convs")
         up_convs = counts(self.decoder_convs, n - 1, "model.decoder_convs")
         stage = nn.remat(_Stage) if self.remat else _Stage
+        common: dict[str, Any] = {"dropout": self.dropout, "train": train, "dtype": self.dtype}
 
         skips = []
         for i in range(n):
             if i:
                 x = PatchConv(self.features[i], factors[i - 1], use_bias=False, dtype=self.dtype, name=f"down{i}")(x)
                 x = InstanceNormAct(name=f"down{i}_norm")(x)
-            x = stage(self.features[i], kernels[i], convs[i], self.dtype, name=f"encoder{i}")(x)
+            x = stage(self.features[i], kernels[i], convs[i], name=f"encoder{i}", **common)(x)
             skips.append(x)
         skips = Bridge(name="bridge")(skips)
         x = skips[-1]
@@ -74,7 +77,7 @@ class UNet(nn.Module):
         for i in range(n - 2, -1, -1):
             x = PatchConvTranspose(self.features[i], factors[i], dtype=self.dtype, name=f"up{i}")(x)
             x = jnp.concatenate([x, skips[i]], axis=-1)
-            x = stage(self.features[i], kernels[i], up_convs[i], self.dtype, name=f"decoder{i}")(x)
+            x = stage(self.features[i], kernels[i], up_convs[i], name=f"decoder{i}", **common)(x)
             pyramid.insert(0, x)
         return pyramid[: self.levels or None]
 
@@ -83,12 +86,15 @@ class _Stage(nn.Module):
     features: int
     kernel: Sequence[int]
     convs: int
+    dropout: float
+    train: bool
     dtype: Any
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        common: dict[str, Any] = {"dropout": self.dropout, "train": self.train, "dtype": self.dtype}
         for i in range(self.convs):
-            x = ConvBlock(self.features, self.kernel, dtype=self.dtype, name=f"block{i}")(x)
+            x = ConvBlock(self.features, self.kernel, name=f"block{i}", **common)(x)
         return x
 
 
