@@ -170,6 +170,18 @@ def test_gradients_reach_every_parameter(name: str) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), again, found)
 
 
+def drawn(net: nn.Module, x: jax.Array) -> Any:
+    """Variables of a network without its initialisation, whose random draws take the compiler longest."""
+    rng = np.random.default_rng(0)
+
+    def value(path: Any, like: jax.ShapeDtypeStruct) -> np.ndarray:
+        if like.shape[:-1]:
+            return rng.normal(0, np.prod(like.shape[:-1]) ** -0.5, like.shape).astype(np.float32)
+        return np.full(like.shape, 1.0 if path[-1].key in ("scale", "variance") else 0.0, np.float32)
+
+    return jax.tree_util.tree_map_with_path(value, jax.eval_shape(lambda x: net.init(jax.random.key(0), x), x))
+
+
 # Encoders whose small network has no decoder, with one: shapes of the levels, the encoder's coarsest last.
 DECODED = {
     "densenet": [(8, 8, 16, 8), (4, 4, 8, 4), (2, 2, 4, 6), (1, 1, 2, 7)],
@@ -182,18 +194,13 @@ def test_bfloat16_says_what_float32_says(name: str) -> None:
     """Each level to a few percent of its norm. What `DECODED` lists runs with a decoder on its levels."""
     more = {"decoder": "unet", "decoder_convs": 1, "bottleneck": True} if name in DECODED else {}
     net, x = small(name, **more)
-    half = net.clone(dtype=jnp.bfloat16)
-
-    @jax.jit
-    def both() -> Any:
-        levels, variables = net.init_with_output(jax.random.key(1), x)
-        return levels, half.apply(variables, x)
-
-    wide, narrow = both()
+    variables, half = drawn(net, x), net.clone(dtype=jnp.bfloat16)
+    wide, narrow = jax.jit(lambda v, x: (net.apply(v, x), half.apply(v, x)))(variables, x)
     if name in DECODED:
         assert [v.shape[1:] for v in wide] == DECODED[name]
-        assert [v.shape for v in jax.eval_shape(lambda: small(name, **more, levels=2)[0].init_with_output(
-            jax.random.key(1), x)[0])] == [v.shape for v in (*wide[:2], wide[-1])]  # fmt: skip
+        fewer = net.clone(levels=2)
+        levels = jax.eval_shape(fewer.apply, variables, x)
+        assert [v.shape for v in levels] == [v.shape for v in (*wide[:2], wide[-1])]
     for a, b in zip(wide, narrow, strict=True):
         assert b.dtype == jnp.bfloat16
         error = np.linalg.norm(np.float32(a) - np.float32(b)) / np.linalg.norm(np.float32(a))
