@@ -90,6 +90,18 @@ def initialised(net: nn.Module, x: jax.Array) -> Any:
     return jax.jit(lambda: net.init(jax.random.key(1), x, train=True))()
 
 
+def drawn(net: nn.Module, x: jax.Array) -> Any:
+    """Variables of a network without its initialisation, whose random draws take the compiler longest."""
+    rng = np.random.default_rng(0)
+
+    def value(path: Any, like: jax.ShapeDtypeStruct) -> np.ndarray:
+        if like.shape[:-1]:
+            return rng.normal(0, np.prod(like.shape[:-1]) ** -0.5, like.shape).astype(np.float32)
+        return np.full(like.shape, 1.0 if path[-1].key in ("scale", "variance") else 0.0, np.float32)
+
+    return jax.tree_util.tree_map_with_path(value, jax.eval_shape(lambda x: net.init(jax.random.key(0), x), x))
+
+
 def count(name: str, channels: int, size: int, head: int = 0, levels: int = 1, **options: Any) -> int:
     """Parameters of a network, without making any of them."""
     net = models.build({"name": name, **options}, jnp.float32)
@@ -147,7 +159,7 @@ LONG = ("inception", "unetr", "swin_unetr", "densenet")
 def test_gradients_reach_every_parameter(name: str) -> None:
     """All finite; with remat, the same."""
     net, x = small(name)
-    variables = initialised(net, x)
+    variables = drawn(net, x)
 
     def gradient(net: Any) -> Any:
         def loss(variables: Any) -> jax.Array:
@@ -168,18 +180,6 @@ def test_gradients_reach_every_parameter(name: str) -> None:
     assert [path for path in dead if not path.endswith("bias")] == []
     again = gradient(small(name, remat=True)[0])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), again, found)
-
-
-def drawn(net: nn.Module, x: jax.Array) -> Any:
-    """Variables of a network without its initialisation, whose random draws take the compiler longest."""
-    rng = np.random.default_rng(0)
-
-    def value(path: Any, like: jax.ShapeDtypeStruct) -> np.ndarray:
-        if like.shape[:-1]:
-            return rng.normal(0, np.prod(like.shape[:-1]) ** -0.5, like.shape).astype(np.float32)
-        return np.full(like.shape, 1.0 if path[-1].key in ("scale", "variance") else 0.0, np.float32)
-
-    return jax.tree_util.tree_map_with_path(value, jax.eval_shape(lambda x: net.init(jax.random.key(0), x), x))
 
 
 # Encoders whose small network has no decoder, with one: shapes of the levels, the encoder's coarsest last.
