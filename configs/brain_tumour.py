@@ -3,7 +3,9 @@
 Data: the synthetic brains of brain_seg.py; or with `data=FOLDER` one folder a case as BraTS 2023 and later have them:
 CASE/...t1n.nii.gz, ...t1c, ...t2w, ...t2f and the mask ...seg (1 necrotic core, 2 oedema, 3 enhancing; 4 is not read).
 In training each example loses channels at random, and a case whose files lack modalities is trained on and predicted
-as it is: an absent channel is all zeros.
+as it is: an absent channel is all zeros. Five folds beside a fifth for testing want six cases or more:
+two cannot train it. Masks of another name are said by `--config.data.targets.tumour={case}/seg-mine.nii.gz`; a case
+without one is read and predicted, and trains nothing (docs/bring_your_own_data.md).
 
 An intensity threshold (`python -m benchmarks.threshold`) reaches a Dice of 0.59, 0.38 and 0.51 on the synthetic test
 cases with all four images; the network reaches 0.86, 0.88 and 0.82 (6 cases). Cost: 4 minutes on 2 idle cores, in
