@@ -6,6 +6,7 @@ is a function of the seed and the case's number, so that every evaluation asks t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ class Examiner:
         def show(params: Any, batch: dict[str, Array]) -> Any:
             batch, outputs = run(params, batch)
             volumes = {name: task.show(outputs[name], batch) for name, task in self.tasks.items()}
-            return volumes, _attention(model, params, batch["image"][:1])
+            first = batch["image"][:1]
+            return volumes, {n: _attention(model, params, first, self.tasks[n].causal) for n in volumes if volumes[n]}
 
         self._measure, self._show = jax.jit(measure), jax.jit(show)
 
@@ -87,7 +89,7 @@ class Examiner:
                 # One channel is enough to see it by: the first that is real.
                 channel = int(np.argmax(self._patches[number]["modality"]))
                 columns = {title: np.asarray(volume)[..., channel] for title, volume in shown.items()}
-                heat = {title: np.asarray(volume) for title, volume in attention.items()}
+                heat = {title: np.asarray(volume) for title, volume in attention[name].items()}
                 about = f"{name}, {self._who[number][0]}" + ("" if step is None else f", step {step}")
                 file = f"{name}_{number}" + ("" if step is None else f"_{step:07d}")
                 picture = pictures.columns({**columns, **heat}, folder / f"{file}.png", spacing=spacing, title=about)
@@ -104,19 +106,26 @@ class Examiner:
         return {k: np.stack([row[k] for row in rows]) for k in rows[0]}
 
 
-def _attention(model: Any, params: Any, image: Array) -> dict[str, Array]:
+def _attention(model: Any, params: Any, image: Array, causal: bool) -> dict[str, Array]:
     """Where the middle token of a vision transformer's last block looks in a whole image [1, X, Y, Z, C]: the mean of
-    its heads, as a volume. Nothing for other backbones."""
+    its heads, as a volume. Nothing for other backbones.
+
+    `causal`: tokens see those before them alone, in the order of the raster, which is one of the random orders too.
+    """
     if not isinstance(model.backbone, ViT):
         return {}
-    asked = {"capture_intermediates": _is_attention, "mutable": ["intermediates"]}
-    _, found = model.apply({"params": params}, image, method=lambda m, x: m.backbone(x, train=False), **asked)
     backbone: ViT = model.backbone
-    qkv = found["intermediates"]["backbone"]["encoder"][f"block{backbone.depth - 1}"]["qkv"]["__call__"][0][0]
     grid = token_grid(backbone, image)
+    every = jnp.arange(math.prod(grid))[None]
+    asked = {"capture_intermediates": _is_attention, "mutable": ["intermediates"]}
+    see = lambda m, x: m.backbone(x, train=False, keep=every, causal=causal)  # noqa: E731
+    _, found = model.apply({"params": params}, image, method=see, **asked)
+    qkv = found["intermediates"]["backbone"]["encoder"][f"block{backbone.depth - 1}"]["qkv"]["__call__"][0][0]
     q, k, _ = jnp.moveaxis(qkv.astype(jnp.float32).reshape(len(qkv), 3, backbone.heads, -1), 1, 0)
     middle = int(np.ravel_multi_index([g // 2 for g in grid], grid))
-    weights = jax.nn.softmax(jnp.einsum("hd,jhd->hj", q[middle], k) * q.shape[-1] ** -0.5, axis=-1).mean(0)
+    logits = jnp.einsum("hd,jhd->hj", q[middle], k) * q.shape[-1] ** -0.5
+    seen = every[0] <= middle if causal else None
+    weights = jax.nn.softmax(logits, axis=-1, where=seen).mean(0)
     return {"attention of the middle": spread(weights.reshape(1, *grid), image.shape[1:4])[0]}
 
 

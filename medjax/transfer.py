@@ -6,7 +6,8 @@ Names are mapped by rules, and what does not have the shape it needs is reshaped
   channels evenly, so that equal channels give the response they gave before; by 'names' a modality keeps its own
   weights, and one the source did not have begins at zero.
 - `kernels`, for larger convolution kernels of the same channels: 'trilinear' is UpKern (Roy et al. 2023).
-- `positions`, for another grid of a transformer's tokens: 'trilinear', as the network itself does for another image.
+- `positions`, for another grid of a transformer's tokens, or of their offsets in a window: 'trilinear'. Learnt
+  positions become what the network itself makes of them for another image; of windows it would cut out the middle.
 
 A run begins from them at step 0 only; one that goes on from its own checkpoint does not look at them again. Where few
 parameters train (`config.peft`), its checkpoints hold those alone and refer to the source for the rest: then the

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medjax import convert, models
+from medjax import config as config_lib
+from medjax import convert, models, transfer
 from medjax.errors import UserError
 from medjax.models.heads import DenseHead
 from medjax.models.model import Model
@@ -85,6 +86,27 @@ def test_a_file_becomes_parameters(tmp_path: Path, capsys: pytest.CaptureFixture
     assert net.total_factor() == (8, 16, 16)
     like = jax.eval_shape(lambda: net.init(jax.random.key(0), jnp.zeros((1, 8, 16, 16, 1))))["params"]
     assert jax.tree.map(jnp.shape, tree["backbone"]) == jax.tree.map(lambda s: s.shape, like)
+    # A run of four contrasts begins from them: the stem averaged, all the rest as it is, frozen statistics too.
+    config = config_lib.defaults()
+    with config.ignore_type():
+        config.model = about["model"]
+        config.data.patch = (8, 16, 16)
+    here = transfer.describe(config, Model(net, {}), ("T1", "T1c", "T2", "FLAIR"))
+    source = transfer.read(tmp_path / "out")
+    with pytest.raises(UserError, match=r"1 channel\(s\) there, 4 here: init.channels="):
+        transfer.match(source, here, config.init)
+    config.init.channels = "average"
+    start = transfer.match(source, here, config.init)
+    assert not start.missing
+    assert not start.unused
+    stem = "backbone/stem/conv/kernel"
+    assert list(start.reshaped) == [stem]
+    for path, array in start.params.items():
+        if path == stem:
+            want = np.repeat(weights["conv1.weight"].transpose(2, 3, 4, 1, 0) / 4, 4, axis=3)
+            np.testing.assert_allclose(array, want, rtol=1e-6)
+        else:
+            np.testing.assert_array_equal(array, source.params[path])
 
 
 def test_axes_of_the_file_are_turned() -> None:

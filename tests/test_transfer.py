@@ -217,6 +217,25 @@ def test_positions_are_interpolated_as_the_network_does(grid: tuple[int, int, in
         transfer.match(there, here, rules(positions=""))
 
 
+@pytest.mark.parametrize("grid", [(9, 7, 5), (5, 13, 7)])
+def test_offsets_in_windows_are_interpolated_linearly(grid: tuple[int, int, int]) -> None:
+    path = "backbone/stage0_block0/bias_table"
+    there = source({path: (5, 7, 5, 2)}, model={"name": "swin"}, modalities=())
+    here = target({path: (*grid, 2)}, model={"name": "swin"}, stems={})
+    done = transfer.match(there, here, rules())
+    at = np.meshgrid(*[(np.arange(n) + 0.5) * o / n - 0.5 for o, n in zip((5, 7, 5), grid, strict=True)], indexing="ij")
+    for head in range(2):
+        old = there.params[path][..., head].astype(np.float64)
+        want = scipy.ndimage.map_coordinates(old, at, order=1, mode="nearest")
+        np.testing.assert_allclose(done.params[path][..., head], want, atol=1e-6)
+    # No offset stays where it was.
+    middle = tuple(n // 2 for n in grid)
+    np.testing.assert_allclose(done.params[path][middle], there.params[path][2, 3, 2], atol=1e-6)
+    assert "interpolated" in done.reshaped[path]
+    with pytest.raises(UserError, match="init.positions='trilinear'"):
+        transfer.match(there, here, rules(positions=""))
+
+
 # --- sources ---------------------------------------------------------------------------------------------------------
 
 

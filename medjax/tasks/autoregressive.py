@@ -45,6 +45,10 @@ class Autoregressive(Reconstruction):
     def all_predicted(self) -> bool:
         return True
 
+    @property
+    def causal(self) -> bool:
+        return True
+
     def head(self) -> AutoregressiveHead:
         return AutoregressiveHead(self.order, self.hidden, self.depth)
 

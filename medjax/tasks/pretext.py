@@ -36,6 +36,11 @@ class Pretext(Defaults):
     def outputs(self) -> int:
         return 0
 
+    @property
+    def causal(self) -> bool:
+        """Whether tokens of a transformer see those before them alone."""
+        return False
+
     def check(self, patch: Sequence[int]) -> None:
         """Raises UserError for a patch (`data.patch`) that the task cannot use."""
 
