@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -13,11 +14,14 @@ import jax.numpy as jnp
 import layouts
 import numpy as np
 import pytest
+from matplotlib.image import imread
 from tiny import RECIPE, write_cohort
 
 from medjax import main, predict, tasks
 from medjax.errors import UserError
 from medjax.losses import reconstruction
+from medjax.models.densenet import DenseNet
+from medjax.models.inception import Inception
 from medjax.models.layers import GroupNormAct, InstanceNormAct
 from medjax.models.mednext import MedNeXt
 from medjax.models.model import Model
@@ -39,6 +43,12 @@ NETS: dict[str, Any] = {
     "resenc": ResEncUNet(features=(4, 8), blocks=1, decoder_convs=1),
     "mednext": MedNeXt(features=4, blocks=(1, 1, 1), expansions=(2, 2, 2)),
     "resnet": ResNet(depth=10, features=(4, 8), factors=((1, 1, 1), (2, 2, 2)), stem_kernel=(3, 3, 3)),
+    "densenet": DenseNet(
+        blocks=(2, 1), features=6, growth=4, width=2, stem_kernel=(3, 3, 3), stem_stride=(1, 1, 1), factors=((2, 2, 2),)
+    ),
+    "inception": Inception(
+        width=1 / 32, stem_stride=(1, 1, 1), factors=((2, 2, 2), (2, 2, 2), (1, 1, 1), (1, 1, 1))
+    ),
 }
 
 
@@ -229,23 +239,19 @@ def test_a_visible_box_is_encoded_as_if_it_were_all(name: str) -> None:
     visible = jnp.zeros((2, 4, 4, 4), bool).at[:, 1:3, 0:3, 2:4].set(True)
     box = (slice(None), slice(4, 12), slice(0, 12), slice(8, 16))
     encode = jax.jit(lambda x, visible: encoded(net, params, x, visible))
-    levels, alone = encode(IMAGE, visible), encode(IMAGE[box], jnp.ones((2, 2, 3, 2), bool))
+    levels, alone = encode(IMAGE, visible), jax.jit(lambda x: dense_levels(net, params, x))(IMAGE[box])
     changed = jnp.where(spread(visible, SIZE)[..., None], IMAGE, 7.0)
     for level, want in zip(levels, alone, strict=True):
         factor = 16 // level.shape[1]
         inside = (slice(None), *(slice(s.start // factor, s.stop // factor) for s in box[1:]))
         np.testing.assert_allclose(level[inside], want, atol=2e-5)
         assert not np.asarray(hide(level, ~visible)).any()
-    if name in ("unet", "resenc"):
-        plain = jax.jit(lambda x: dense_levels(net, params, x))(IMAGE[box])
-        for level, want in zip(alone, plain, strict=True):
-            np.testing.assert_allclose(level, want, atol=2e-5)
     for level, want in zip(encode(changed, visible), levels, strict=True):
         np.testing.assert_array_equal(level, want)
 
 
 def dense_levels(net: nn.Module, params: Any, image: jax.Array) -> list[jax.Array]:
-    """The encoder's levels of a net that knows nothing of masks."""
+    """The encoder's levels of a net that knows nothing of masks; its pyramid where it has no decoder."""
     from medjax.models.layers import Bridge
 
     kept: list[jax.Array] = []
@@ -256,8 +262,8 @@ def dense_levels(net: nn.Module, params: Any, image: jax.Array) -> list[jax.Arra
         return call(*args, **kwargs)
 
     with nn.intercept_methods(keep):
-        net.apply(params, image)
-    return kept
+        pyramid: Any = net.apply(params, image)
+    return kept or pyramid
 
 
 def program(backbone: nn.Module, task: Masked) -> Any:
@@ -418,6 +424,9 @@ def recipe(file: Path, cohort: Path, tasks: str) -> Path:
 
 
 def test_pretraining_alone(cohort: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing import event_accumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
     file = recipe(tmp_path / "mae.py", cohort, '{"mae": {"type": "masked", "block": (4, 4, 4), "decoder": "backbone"}}')
     run = tmp_path / "run"
     main.main([f"--config={file}", f"--workdir={run}"])
@@ -427,7 +436,15 @@ def test_pretraining_alone(cohort: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in judged] == [4, 8]
     assert all(row["val/score"] == pytest.approx(max(0, row["val/explained"]), abs=1e-6) for row in judged)
     assert judged[-1]["val/error"] == pytest.approx(judged[-1]["val/loss"], rel=1e-4)
-    assert (run / "pretext" / "mae_0_0000008.png").exists()
+    events = event_accumulator.EventAccumulator(str(run / "tensorboard"), {"tensors": 0})
+    events.Reload()
+    shown = {event.step: make_ndarray(event.tensor_proto) for event in events.Tensors("mae/0")}
+    for step in (4, 8):
+        # Width, height, and the PNG's bytes: the picture in the folder.
+        picture = imread(run / "pretext" / f"mae_0_{step:07d}.png")
+        width, height, png = shown[step].tolist()
+        assert (int(height), int(width)) == picture.shape[:2]
+        np.testing.assert_array_equal(imread(io.BytesIO(png))[..., :3], picture[..., :3])
     summary = json.loads((run / "eval" / "val" / "summary.json").read_text())
     best = max(judged, key=lambda row: row["val/score"])
     assert summary["metrics"]["error"]["mean"] == pytest.approx(best["val/error"], rel=1e-4)

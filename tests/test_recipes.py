@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +74,23 @@ def test_brain_tumour(cache: Path) -> None:
     assert nib.load(cache / "said" / "some.nii.gz").shape == volume.shape[:3]
 
 
-def test_brain_finetune_begins_from_brain_mae(cache: Path, capsys: pytest.CaptureFixture) -> None:
-    source = cache / "runs" / "brain_mae"
-    main.main([f"--config={REPO}/configs/brain_mae.py:debug", f"--workdir={source}"])
+def test_brain_finetune_begins_from_brain_mae(
+    cache: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two commands of the README, one after the other in one folder."""
+    monkeypatch.chdir(cache)
+    main.main([f"--config={REPO}/configs/brain_mae.py:debug"])
     capsys.readouterr()
-    workdir, metrics = run("brain_finetune", cache, f"debug,source={source}")
+    main.main([f"--config={REPO}/configs/brain_finetune.py:debug"])
     said = capsys.readouterr().out
+    workdir = cache / "runs" / "brain_finetune_debug"
+    metrics = json.loads((workdir / "eval" / "test" / "summary.json").read_text())["metrics"]
+    assert "init        runs/brain_mae_debug (" in said
     assert "40 matched, 0 reshaped, 4 missing" in said, "all of the network, and nothing of its head"
     assert np.isfinite(losses(workdir)).all()
     assert "dice" in metrics
     assert "run         brain_finetune: 2 train, 2 val, 2 test cases" in said
+    shutil.rmtree(cache / "runs" / "brain_mae_debug")
     with pytest.raises(UserError, match="run --config=configs/brain_mae.py:debug first, with --workdir=.*source="):
         main.main([f"--config={REPO}/configs/brain_finetune.py:debug", f"--workdir={cache / 'runs' / 'none'}"])
 

@@ -228,7 +228,7 @@ def test_offsets_in_windows_are_interpolated_linearly(grid: tuple[int, int, int]
         old = there.params[path][..., head].astype(np.float64)
         want = scipy.ndimage.map_coordinates(old, at, order=1, mode="nearest")
         np.testing.assert_allclose(done.params[path][..., head], want, atol=1e-6)
-    # No offset stays where it was.
+    # A token to itself: the middle of both.
     middle = tuple(n // 2 for n in grid)
     np.testing.assert_allclose(done.params[path][middle], there.params[path][2, 3, 2], atol=1e-6)
     assert "interpolated" in done.reshaped[path]
