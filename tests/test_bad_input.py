@@ -322,6 +322,30 @@ def test_a_checkpoint_of_another_architecture(pristine: Path, trained: Path, cap
     assert "another --workdir" in said
 
 
+def test_first_weights_of_another_backbone(place: Path, trained: Path, capsys: Any) -> None:
+    recipe = place / "tiny.py"
+    recipe.write_text(recipe.read_text().replace('"name": "unet", "features": (4, 8), "convs": 1', '"name": "nnunet"'))
+    said = failure(place, f"--config.init.source={trained}", capsys=capsys)
+    assert f"init.source {trained} (" in said
+    assert "its backbone is 'unet', this run's is 'nnunet'; set model.name='unet' with its options, or" in said
+    assert not files_in(place / "run")
+
+
+def test_first_weights_of_another_number_of_channels(place: Path, trained: Path, capsys: Any) -> None:
+    table, sides = place / "cases.csv", ("train", "train", "val", "test")
+    rows = [f"{i},{image(place, i)},{image(place, i)},{label(place, i)},{side}" for i, side in enumerate(sides)]
+    table.write_text("\n".join(["id,t1,flair,mask,side", *rows]) + "\n")
+    said = failure(
+        place, f"--config.init.source={trained}", f"--config.data.cohort={table}", "--config.data.images.T1=t1",
+        "--config.data.images.FLAIR=flair", "--config.data.targets.spheres=mask", "--config.data.labels.shell=1",
+        "--config.data.labels.core=2", "--config.data.split.file=", "--config.data.split.column=side", capsys=capsys,
+    )  # fmt: skip
+    assert f"init.source {trained} (" in said
+    assert "backbone/encoder0/block0/conv/kernel: 3×3×3×1×4 there, 3×3×3×2×4 here (1 channel(s) there, 2 here" in said
+    assert "init.channels='average' or 'names' says how" in said
+    assert not files_in(place / "run")
+
+
 def test_a_run_without_a_checkpoint(pristine: Path, tmp_path: Path) -> None:
     """As a shell sees it: both programs in processes of their own."""
     (tmp_path / "run").mkdir()

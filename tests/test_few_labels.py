@@ -11,8 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from test_compare import noisy, write_run
+from test_train import make
+from tiny import write_cohort
 
 from benchmarks import few_labels
 from configs.ablations import few_labels as study
@@ -366,6 +369,40 @@ def test_each_seed_begins_from_its_own_pretraining() -> None:
         config.seed = 7
     with pytest.raises(UserError, match="nowhere/seed7: there is no such run"):
         transfer.open_start(config, None, ("MRI",), Path())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cohort, and volumes without labels beside it, where the study looks for them."""
+    folder = tmp_path_factory.mktemp("study")
+    write_cohort(folder / "cohort")
+    write_cohort(folder / "more", n=2, seed=1)
+    (folder / "more" / "imagesTr").rename(folder / "brain_unlabelled")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "arm", [*(f"arm={arm},labels=3" for arm in study.ARMS), "arm=mean_teacher,labels=180", "arm=pretrain"]
+)
+def test_every_arm_has_a_step(folders: Path, arm: str) -> None:
+    """Traced, not run."""
+    config = resolved(f"{arm},debug,data={folders / 'cohort'}")
+    step, create, _ = make(config)
+    patch = tuple(config.data.patch)
+    batch = {
+        "image": np.zeros((4, *patch, 1), np.float32),
+        "modality": np.ones((4, 1), bool),
+        "spacing": np.ones((4, 3), np.float32),
+        "example": np.arange(4),
+        "valid": np.ones(4, bool),
+        "hippocampus/target": np.zeros((4, *patch), np.uint8),
+        "hippocampus/mask": np.asarray([True, True, False, False]),
+    }
+    before = jax.eval_shape(create)
+    state, sums = step.trace(before, batch).out_info
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), state) == jax.tree.map(lambda a: (a.shape, a.dtype), before)
+    assert ("semi/hippocampus" in sums) == ("mean_teacher" in arm)
+    assert "loss" in sums
 
 
 @pytest.mark.slow

@@ -46,9 +46,7 @@ NETS: dict[str, Any] = {
     "densenet": DenseNet(
         blocks=(2, 1), features=6, growth=4, width=2, stem_kernel=(3, 3, 3), stem_stride=(1, 1, 1), factors=((2, 2, 2),)
     ),
-    "inception": Inception(
-        width=1 / 32, stem_stride=(1, 1, 1), factors=((2, 2, 2), (2, 2, 2), (1, 1, 1), (1, 1, 1))
-    ),
+    "inception": Inception(width=1 / 32, stem_stride=(1, 1, 1), factors=((2, 2, 2), (2, 2, 2), (1, 1, 1), (1, 1, 1))),
 }
 
 

@@ -164,6 +164,30 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path: Path, monkeypatch: pyte
     assert [child.name for child in path.parent.iterdir()] == ["a.png"]
 
 
+def test_columns_are_the_middle_planes(tmp_path: Path) -> None:
+    """Voxel by voxel: a volume, one in its window, one in its own; voxels twice as long along z as across."""
+    rng = np.random.default_rng(0)
+    first = rng.random((8, 8, 4))
+    volumes = {"image": first, "half": 0.5 * first, "heat": 100 * rng.random((8, 8, 4))}
+    picture = pictures.columns(volumes, tmp_path / "a.png", spacing=(1, 1, 2), title="case")
+    assert picture.dtype == np.uint8
+    np.testing.assert_array_equal(np.round(255 * pixels(tmp_path / "a.png")), picture)
+    height, width = picture.shape[:2]
+    # Cells of the grid with a thirtieth between them; a square picture in the middle of each.
+    high, wide = 0.89 * height / (3 + 2 * 0.03), 0.98 * width / (3 + 2 * 0.03)
+    side = min(high, wide)
+    for i, (name, volume) in enumerate(volumes.items()):
+        low, top = np.percentile(first if name != "heat" else volume, (1, 99.5))
+        middle = {"axial": volume[:, :, 2], "coronal": volume[:, 4, :], "sagittal": volume[4, :, :]}
+        for j, plane in enumerate(middle.values()):
+            # The first axis runs to the left, the second up.
+            want = np.clip((plane.T[::-1, ::-1] - low) / (top - low), 0, 1)
+            down, right = 0.1 * height + (1.03 * j + 0.5) * high, 0.01 * width + (1.03 * i + 0.5) * wide
+            rows, columns = ((np.arange(n) + 0.5) / n - 0.5 for n in want.shape)
+            at = np.ix_((down + side * rows).astype(int), (right + side * columns).astype(int))
+            np.testing.assert_allclose(picture[at] / 255, np.repeat(want[..., None], 3, -1), atol=0.01)
+
+
 def test_no_pyplot(tmp_path: Path) -> None:
     code = (
         "import sys, numpy as np; from medjax import pictures as p; assert 'matplotlib' not in sys.modules;"

@@ -184,6 +184,52 @@ def test_the_mean_of_several_passes_teaches(recipe: Path) -> None:
     assert not same(before.params, after.params)
 
 
+@pytest.mark.parametrize("uncertainty", ["threshold", "entropy", "none"])
+def test_what_counts_as_certain_by_hand(recipe: Path, uncertainty: str) -> None:
+    """The weights at ramps of 0, 1/2 and 1; and the loss of a task of each kind, while the ramp goes up."""
+    config = load(recipe, "semi.method=mean_teacher", f"semi.uncertainty={uncertainty}", "semi.noise=0.0")
+    kinds = {"organ": "segmentation", "grade": "classification", "age": "regression"}
+    job = {name: {"type": kind} for name, kind in kinds.items()} | {"flags": {"type": "segmentation", "regions": {}}}
+    job["flags"]["regions"] = {"low": (1,), "all": (1, 2)}
+    job["grade"]["names"] = ("a", "b", "c")
+    built = tasks_lib.build(job, {"low": 1, "high": 2})
+    assert [built[name].activation for name in job] == ["softmax", "softmax", "identity", "sigmoid"]
+    learner = semi.Semi(config, built, 400, [()])
+
+    shares = np.asarray([[0.0], [0.5], [0.75], [0.76], [0.87], [0.88], [1.0]], np.float32)
+    want = {
+        "threshold": {0.0: [1, 1, 1, 0, 0, 0, 0], 0.5: [1, 1, 1, 1, 1, 0, 0], 1.0: [1] * 7},
+        "entropy": dict.fromkeys((0.0, 0.5, 1.0), 1 - shares[:, 0]),
+        "none": dict.fromkeys((0.0, 0.5, 1.0), [1] * 7),
+    }[uncertainty]
+    for rise, weights in want.items():
+        np.testing.assert_allclose(learner._certainty(jnp.asarray(shares), rise)[:, 0], weights, rtol=1e-6)
+
+    rng = np.random.default_rng(0)
+    shapes = {"organ": (2, 4, 4, 4, 3), "grade": (2, 3), "age": (2, 1), "flags": (2, 4, 4, 4, 2)}
+    own, theirs = ({name: rng.normal(size=s).astype(np.float32) for name, s in shapes.items()} for _ in range(2))
+    batch = {"semi/image": jnp.zeros((2, 4, 4, 4, 1)), "example": jnp.arange(2), "modality": jnp.ones((2, 1), bool)}
+    batch |= {f"semi/{name}": jnp.ones(2, bool) for name in job}
+    forward = lambda *_, **__: {name: [x] for name, x in theirs.items()}  # noqa: E731
+    mine = {name: [x] for name, x in own.items()}
+    share = dict.fromkeys(learner.masks, 1.0)
+    for step, rise in ((0, np.exp(-5)), (200, np.exp(-1.25)), (400, 1.0)):
+        total, parts = learner.loss(forward, mine, None, batch, share, jax.random.key(0), step)
+        for name, task in built.items():
+            p, q = (np.asarray(semi.said(x[name], task.activation), np.float64) for x in (own, theirs))
+            if task.activation == "softmax":
+                share_of = -(q * np.log(q)).sum(-1, keepdims=True) / np.log(3)
+            elif task.activation == "sigmoid":
+                share_of = -(q * np.log2(q) + (1 - q) * np.log2(1 - q))
+            else:
+                share_of = np.zeros_like(q)
+            weight = {"threshold": share_of <= 0.75 + 0.25 * rise, "entropy": 1 - share_of}.get(uncertainty, 1.0)
+            weight = np.broadcast_to(weight, p.shape).astype(float)
+            each = [(w * (a - b) ** 2).sum() / max(w.sum(), 1e-9) for w, a, b in zip(weight, p, q, strict=True)]
+            assert float(parts[f"semi/{name}"]) == pytest.approx(sum(each), rel=1e-4, abs=1e-7)
+        assert float(total) == pytest.approx(config.semi.weight * rise * sum(map(float, parts.values())), rel=1e-5)
+
+
 def test_the_teachers_noise_leaves_absent_modalities_alone(recipe: Path) -> None:
     config = load(recipe, "semi.method=mean_teacher", "semi.rampup=0 steps")
     built = tasks_lib.build({"age": {"type": "regression"}}, {})
