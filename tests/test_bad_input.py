@@ -324,7 +324,11 @@ def test_a_checkpoint_of_another_architecture(pristine: Path, trained: Path, cap
 
 def test_first_weights_of_another_backbone(place: Path, trained: Path, capsys: Any) -> None:
     recipe = place / "tiny.py"
-    recipe.write_text(recipe.read_text().replace('"name": "unet", "features": (4, 8), "convs": 1', '"name": "nnunet"'))
+    recipe.write_text(
+        recipe.read_text().replace(
+            '"unet", "features": (4, 8), "convs": 1', '"nnunet", "features": (4, 8), "blocks": 1'
+        )
+    )
     said = failure(place, f"--config.init.source={trained}", capsys=capsys)
     assert f"init.source {trained} (" in said
     assert "its backbone is 'unet', this run's is 'nnunet'; set model.name='unet' with its options, or" in said

@@ -242,7 +242,8 @@ def test_a_visible_box_is_encoded_as_if_it_were_all(name: str) -> None:
     for level, want in zip(levels, alone, strict=True):
         factor = 16 // level.shape[1]
         inside = (slice(None), *(slice(s.start // factor, s.stop // factor) for s in box[1:]))
-        np.testing.assert_allclose(level[inside], want, atol=2e-5)
+        # Inception normalises twenty times one after the other, here over as few as 12 voxels.
+        np.testing.assert_allclose(level[inside], want, atol=1e-4 if name == "inception" else 2e-5)
         assert not np.asarray(hide(level, ~visible)).any()
     for level, want in zip(encode(changed, visible), levels, strict=True):
         np.testing.assert_array_equal(level, want)

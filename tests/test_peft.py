@@ -19,8 +19,8 @@ from test_train import a_batch, load, make, state_bytes
 from untrained import labels_of, make_run, run_predict
 
 from medjax import config as config_lib
+from medjax import convert, main, merge, models, optim, parallel, peft, predict, report, tasks, train, transfer
 from medjax import job as job_lib
-from medjax import main, merge, models, optim, parallel, peft, predict, report, tasks, train, transfer
 from medjax.checkpoint import Checkpoints
 from medjax.errors import UserError
 from medjax.models.adapters import Insert
@@ -578,16 +578,120 @@ def test_merged_it_needs_nothing_beside_it(tuned: Any, recipe: Path, tmp_path: P
     assert not (tmp_path / "more").exists()
 
 
-def test_adapters_stay_in_a_merged_network(recipe: Path, base: Path, tmp_path: Path) -> None:
-    main.main(
-        [f"--config={recipe}", f"--config.init.source={base}", "--config.peft.type=adapter", "--config.peft.rank=2",
-         "--config.train.total=1 steps", "--config.eval.pictures=false", "--config.eval.predictions=false",
-         "--config.eval.splits=('val',)", f"--workdir={tmp_path / 'run'}"]
+@pytest.fixture(scope="module")
+def vit(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(recipe, converted weights) of a small transformer that tells a number of each case of `recipe`'s cohort."""
+    folder, cohort = tmp_path_factory.mktemp("vit"), recipe.parent / "cohort"
+    lines = (cohort / "split.csv").read_text().split()
+    table = [f"{lines[0]},image,age"]
+    for i, line in enumerate(lines[1:]):
+        table.append(f"{line},{cohort / 'imagesTr' / line.partition(',')[0]}.nii.gz,{40 + i}")
+    (folder / "cases.csv").write_text("\n".join(table) + "\n")
+    options: dict[str, Any] = {"name": "vit", **VIT, "patch": (8, 8, 8)}
+    text = recipe.read_text()
+    for known, mine in (
+        ('{"name": "unet", "features": (4, 8), "convs": 1, "decoder_convs": 1}', repr(options)),
+        ('{"spheres": {"type": "segmentation", "levels": 1}}', '{"age": {"type": "regression"}}'),
+        (
+            f"{str(cohort)!r}",
+            f'{str(folder / "cases.csv")!r}, "images": {{"T1": "image"}}, "targets": {{"age": "age"}}',
+        ),
+        ('{"file": "split.csv"}', '{"column": "split"}'),
+    ):
+        assert text.count(known) == 1
+        text = text.replace(known, mine)
+    (folder / "vit.py").write_text(text)
+    model = job_model(folder / "vit.py")
+    like = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 16, 1)), train=True)["params"])
+    params = {path: RNG.normal(0, 0.3, leaf.shape).astype(np.float32) for path, leaf in peft.flat(like).items()}
+    convert.save(folder / "base", params, {"model": options})
+    return folder / "vit.py", folder / "base"
+
+
+def fine_tuned(recipe: Path, source: Path, run: Path, kind: str, *more: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two steps of `peft.type` in the folder `run`; what its checkpoint holds: (trained, frozen), path -> array."""
+    given = (
+        f"init.source={source}", f"peft.type={kind}", "peft.rank=2", "peft.tokens=3", "optim.lr=0.05", "optim.ema=0.0",
+        "optim.schedule=constant", "train.total=2 steps", "train.eval_every=2 steps", "eval.pictures=false",
+        "eval.predictions=false", "eval.splits=('val',)", *more,
     )  # fmt: skip
+    main.main([f"--config={recipe}", f"--workdir={run}", *(f"--config.{text}" for text in given)])
+    checkpoints = Checkpoints(run, read_only=True)
+    trained, frozen = map(peft.flat, checkpoints.parameters("latest", 2))
+    checkpoints.close()
+    return trained, frozen
+
+
+@pytest.mark.parametrize("kind", ["adapter", "bitfit", "norm", "prompt"])
+def test_what_a_type_trains_is_kept_and_stays_in_a_merged_network(
+    recipe: Path, base: Path, vit: Any, tmp_path: Path, kind: str
+) -> None:
+    file, source = vit if kind == "prompt" else (recipe, base)
+    trained, frozen = fine_tuned(file, source, tmp_path / "run", kind)
+    known = transfer.read(source).params
+    own = {path for path in trained if path.startswith("backbone/")}
+    assert own
+    assert not frozen, "the base has it"
+    mine = {
+        "adapter": lambda path: "/adapter/" in path,
+        "prompt": lambda path: path.endswith("/prompt"),
+        "bitfit": lambda path: path.endswith("/bias"),
+        "norm": lambda path: "norm/" in path,
+    }[kind]
+    # All of that kind there is, and nothing of another.
+    assert all(map(mine, own))
+    assert {path for path in known if path.startswith("backbone/") and mine(path)} <= own
+    assert bool(own - set(known)) == (kind in ("adapter", "prompt"))
+
     merge.main([f"--run={tmp_path / 'run'}", f"--to={tmp_path / 'whole'}"])
-    want, merged = (predict.Run(tmp_path / name) for name in ("run", "whole"))
-    assert any("/adapter/" in path for path in peft.flat(merged.params))
-    jax.tree.map(np.testing.assert_array_equal, merged.params, want.params)
+    found, merged = (peft.flat(predict.Run(tmp_path / name).params) for name in ("run", "whole"))
+    assert found.keys() == set(known) | own
+    for path, array in found.items():
+        np.testing.assert_array_equal(array, trained[path] if path in trained else known[path])
+        np.testing.assert_array_equal(array, merged[path])
+    if kind in ("bitfit", "norm"):
+        assert all(np.abs(np.asarray(found[path]) - known[path]).max() > 1e-3 for path in own)
+    if kind == "adapter":  # they began as the identity
+        assert all(np.asarray(found[path]).any() for path in own if path.endswith("/up/kernel"))
+
+
+def test_dense_layers_of_low_rank_by_hand(vit: Any, tmp_path: Path) -> None:
+    """The trained factors beside each dense layer of a transformer; as it predicts, reloaded, and merged."""
+    file, source = vit
+    trained, _ = fine_tuned(file, source, tmp_path / "run", "lora", "peft.alpha=6")
+    known = transfer.read(source).params
+    dense = {path for path in known if path.startswith("backbone/") and known[path].ndim == 2 and "kernel" in path}
+    assert {path.split("/", 3)[3] for path in dense} == {
+        "qkv/kernel", "proj/kernel", "mlp/linear1/kernel", "mlp/linear2/kernel",
+    }  # fmt: skip
+    assert len(dense) == 8
+    assert {path + part for path in dense for part in ("_lora_a", "_lora_b")} <= set(trained)
+    whole = known | {path: array for path, array in trained.items() if "_lora_" not in path}
+    # Convolutions have a test of their own: their change is put in here.
+    for path in {p.rpartition("_lora_")[0] for p in trained if "_lora_" in p} - dense:
+        change = peft.change(trained[path + "_lora_a"], trained[path + "_lora_b"], whole[path].shape)
+        whole[path] = whole[path] + 3.0 * np.asarray(change)
+    seen = []
+
+    def beside(function: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        y = function(*args, **kwargs)
+        path = "/".join(context.module.path) + "/kernel"
+        if context.method_name == "__call__" and path in dense:
+            seen.append(path)
+            y = y + 3.0 * ((args[0] @ trained[path + "_lora_a"]) @ trained[path + "_lora_b"])
+        return y
+
+    run = predict.Run(tmp_path / "run", kind="latest")
+    x = jnp.asarray(RNG.normal(size=(1, 16, 16, 16, 1)), jnp.float32)
+    says = jax.jit(lambda params: run.model.apply({"params": params}, x)["age"][0])
+    with nn.intercept_methods(beside):
+        apart = jax.jit(lambda params: run.model.apply({"params": params}, x)["age"][0])(peft.nest(whole))
+    assert set(seen) == dense
+    found, scale = says(run.params), float(jnp.abs(apart).max())
+    np.testing.assert_allclose(found / scale, apart / scale, atol=1e-5)
+    assert float(jnp.abs(says(peft.nest(whole)) - apart).max()) > 1e-2 * scale, "they have learnt something"
+    merge.main([f"--run={tmp_path / 'run'}", f"--to={tmp_path / 'whole'}"])
+    np.testing.assert_array_equal(says(predict.Run(tmp_path / "whole").params), found)
 
 
 def test_devices_share_a_run_of_low_rank(recipe: Path, base: Path, tmp_path: Path) -> None:

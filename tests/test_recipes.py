@@ -9,12 +9,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
 
-from medjax import main
+from medjax import config as config_lib
+from medjax import job as job_lib
+from medjax import main, models, peft, tasks
 from medjax.errors import UserError
+from medjax.models.model import build_model
 
 REPO = Path(__file__).resolve().parents[1]
 RUNS: dict[str, Path] = {}
@@ -95,6 +100,64 @@ def test_brain_finetune_begins_from_brain_mae(
         main.main([f"--config={REPO}/configs/brain_finetune.py:debug", f"--workdir={cache / 'runs' / 'none'}"])
 
 
+def resolved(recipe: str) -> Any:
+    options = {"model": models.options, "tasks": tasks.options}
+    return config_lib.load(f"{REPO}/configs/{recipe}", (), lambda room, kind: options[room](kind))
+
+
+def test_every_argument_of_pretraining_and_fine_tuning() -> None:
+    plain = resolved("brain_mae.py")
+    assert (plain.data.cohort, plain.data.extra.folder, plain.data.layout) == ("synthetic_brain", "", "")
+    more = resolved("brain_mae.py:folder=/scans,modality=T2")
+    assert (more.data.cohort, dict(more.data.extra)) == ("synthetic_brain", {"folder": "/scans", "modality": "T2"})
+    alone = resolved("brain_mae.py:data=/scans,modality=T2")
+    assert (alone.data.cohort, alone.data.layout, alone.data.modalities) == ("/scans", "files", ("T2",))
+    assert (alone.data.split.file, alone.data.split.folds, alone.data.extra.folder) == ("", 5, "")
+    for config in (plain, more, alone):
+        assert config.data.skip_unreadable
+        assert config.data.preprocess.missing == "zero"
+
+    tuned = resolved("brain_finetune.py")
+    assert (tuned.init.source, tuned.data.labelled, tuned.peft.type) == ("runs/brain_mae", 6, "")
+    assert (tuned.optim.layer_decay, tuned.optim.decoder_first) == (0.75, "20 steps")
+    other = resolved("brain_finetune.py:source=runs/else,labelled=3")
+    assert (other.init.source, other.data.labelled) == ("runs/else", 3)
+    random = resolved("brain_finetune.py:scratch")
+    assert (random.init.source, random.optim.layer_decay, random.optim.lr) == ("", 1.0, tuned.optim.lr)
+    for kind, share in (("lora", "(4.9 %)"), ("probe", "(0.0")):
+        config = resolved(f"brain_finetune.py:peft={kind}")
+        assert (config.init.source, config.optim.layer_decay, config.optim.lr) == ("runs/brain_mae", 1.0, 1e-2)
+        model = build_model(config, tasks.build(config.tasks, {str(i): i for i in range(1, 7)}))
+        image = jnp.zeros((1, *config.data.patch, 4))
+        shapes = jax.eval_shape(lambda m=model, x=image: m.init(jax.random.key(0), x, train=True)["params"])
+        division = peft.divide(config, {path: leaf.shape for path, leaf in peft.flat(shapes).items()})
+        assert division.trained == {path for path in division.shapes if path.startswith("heads_")}
+        assert share in division.describe()
+
+
+def test_brain_mae_of_a_folder(cache: Path, tmp_path: Path) -> None:
+    """`folder=` beside the cohort, for training alone; `data=` by itself, trained."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "scans").mkdir()
+    for number in range(6):
+        volume = rng.normal(100, 10, (32, 32, 31 + number)).astype(np.float32)
+        nib.save(nib.Nifti1Image(volume, np.diag([4.0, 4.0, 4.0, 1.0])), tmp_path / "scans" / f"scan{number}.nii.gz")
+    (tmp_path / "scans" / "broken.nii.gz").write_bytes(b"")
+    both = job_lib.open_job(resolved(f"brain_mae.py:debug,folder={tmp_path / 'scans'},modality=T2"))
+    assert {split: len(cases) for split, cases in both.splits.items()} == {"train": 4 + 6, "val": 2, "test": 2}
+    assert {tuple(case.images) for case in both.splits["train"] if "scan" in case.id} == {("T2",)}
+    run, recipe = tmp_path / "run", f"{REPO}/configs/brain_mae.py:debug,data={tmp_path / 'scans'},modality=T2"
+    short = ["--config.train.total=2 steps", "--config.train.eval_every=2 steps", "--config.optim.warmup=0 steps"]
+    short += ["--config.model.features=(4,8)", "--config.eval.pictures=false"]
+    main.main([f"--config={recipe}", f"--workdir={run}", *short, "--config.train.log_every=1 steps"])
+    assert np.isfinite(losses(run)).all()
+    assert len(losses(run)) == 2
+    assert "broken" in (run / "skipped.csv").read_text()
+    summary = json.loads((run / "eval" / "val" / "summary.json").read_text())
+    assert 0 < summary["n_cases"] < 6
+    assert {"error", "explained"} <= set(summary["metrics"])
+
+
 def test_stroke_risk(cache: Path) -> None:
     workdir, metrics = run("stroke_risk", cache)
     assert np.isfinite(losses(workdir)).all()
@@ -161,8 +224,6 @@ def test_lung_nodule(cache: Path, data_root: Path) -> None:
 
 def test_brats_folder_is_read(tmp_path: Path) -> None:
     """The patterns of `data=FOLDER` fit the names of BraTS, and a contrast may lack."""
-    from medjax import config as config_lib
-    from medjax import models, tasks
     from medjax.data import dataset
 
     for number in range(6):
@@ -171,9 +232,7 @@ def test_brats_folder_is_read(tmp_path: Path) -> None:
         for part in ("t1n", "t1c", "t2w", "t2f", "seg")[number == 3 :]:
             array = np.full((4, 4, 4), number, np.uint8 if part == "seg" else np.int16)
             nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / name / f"{name}-{part}.nii.gz")
-    options = {"model": models.options, "tasks": tasks.options}
-    recipe = f"{REPO}/configs/brain_tumour.py:data={tmp_path}"
-    config = config_lib.load(recipe, (), lambda room, kind: options[room](kind))
+    config = resolved(f"brain_tumour.py:data={tmp_path}")
     cohort = dataset.open_cohort(config.data, config.tasks)
     assert cohort.modalities == ("T1", "T1c", "T2", "FLAIR")
     assert [len(case.images) for case in cohort.cases] == [4, 4, 4, 3, 4, 4]

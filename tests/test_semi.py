@@ -190,7 +190,7 @@ def test_what_counts_as_certain_by_hand(recipe: Path, uncertainty: str) -> None:
     config = load(recipe, "semi.method=mean_teacher", f"semi.uncertainty={uncertainty}", "semi.noise=0.0")
     kinds = {"organ": "segmentation", "grade": "classification", "age": "regression"}
     job = {name: {"type": kind} for name, kind in kinds.items()} | {"flags": {"type": "segmentation", "regions": {}}}
-    job["flags"]["regions"] = {"low": (1,), "all": (1, 2)}
+    job["flags"]["regions"] = {"low": ("low",), "all": ("low", "high")}
     job["grade"]["names"] = ("a", "b", "c")
     built = tasks_lib.build(job, {"low": 1, "high": 2})
     assert [built[name].activation for name in job] == ["softmax", "softmax", "identity", "sigmoid"]
