@@ -51,20 +51,8 @@ def gradients(config: Any, run: Path | None, batches: int) -> Iterator[dict[str,
         if own != {path: value.shape for path, value in there.items()}:
             raise UserError(f"{run}: is of another network or other tasks than the configuration")
         params = transfer.fill(params, there)
-    shapes = job_lib.bucket_shapes(config, job, [case.image.shape[:3] for case in sources["train"].cases])
-    examples = pipeline.make_sampler(
-        config.seed,
-        sources["train"],
-        job.splits["train"],
-        foreground=config.data.foreground,
-        sampling=config.data.sampling,
-        labels=job.cohort.labels,
-        buckets=shapes,
-        batch_size=config.data.batch_size,
-    )
-    feed = pipeline.train_batches(
-        sources["train"], examples, patch=shapes or tuple(config.data.patch), batch_size=config.data.batch_size
-    )
+    examples, patch = job_lib.train_examples(config, job, sources["train"])
+    feed = pipeline.train_batches(sources["train"], examples, patch=patch, batch_size=config.data.batch_size)
     augment, key = policy.build(config.augment, tuple(job.tasks), config.seed), jax.random.key(config.seed)
 
     def loss(params: Any, batch: dict[str, Any], name: str) -> Any:

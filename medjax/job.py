@@ -124,11 +124,25 @@ def multiple(config: ConfigDict, model: Model) -> tuple[int, int, int]:
     return x * parallel.make_mesh(config.mesh).shape["space"], y, z
 
 
-def bucket_shapes(config: ConfigDict, job: Job, shapes: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:
-    """The shapes that whole volumes of `shapes` are padded to; none where training takes patches."""
-    if not config.data.buckets:
-        return []
-    return sampler.bucket_shapes(shapes, config.data.buckets, multiple(config, job.model))
+def train_examples(
+    config: ConfigDict, job: Job, source: pipeline.Source
+) -> tuple[sampler.Sampler, Sequence[int] | Sequence[Sequence[int]]]:
+    """Which case each training example is of, and the shape of every row: of each bucket where there are buckets."""
+    shapes: list[tuple[int, int, int]] = []
+    if config.data.buckets:
+        whole = [case.image.shape[:3] for case in source.cases]
+        shapes = sampler.bucket_shapes(whole, config.data.buckets, multiple(config, job.model))
+    examples = pipeline.make_sampler(
+        config.seed,
+        source,
+        job.splits["train"],
+        foreground=config.data.foreground,
+        sampling=config.data.sampling,
+        labels=job.cohort.labels,
+        buckets=shapes,
+        batch_size=config.data.batch_size,
+    )
+    return examples, shapes or tuple(config.data.patch)
 
 
 def steps_of(config: ConfigDict, key: str, n_examples: int) -> int:

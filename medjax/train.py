@@ -35,7 +35,7 @@ from medjax.checkpoint import Checkpoints, Damaged
 from medjax.data import pipeline, sampler
 from medjax.data.cases import Cohort
 from medjax.errors import Resumable, UserError, warn_once, write_atomic
-from medjax.job import Job, bucket_shapes, fit_tasks, open_job, prepare_sources, steps_of
+from medjax.job import Job, fit_tasks, open_job, prepare_sources, steps_of, train_examples
 from medjax.logging import Metrics, Progress, duration, say
 from medjax.models.model import parameter_count
 from medjax.ops import native
@@ -121,22 +121,12 @@ def _train(
             say(f"the checkpoint was written with another configuration: {line}")
         if meta["plan"] != job.plan.to_json():
             say("the training cases are not those of the checkpoint: the preprocessing learnt from them differs")
-    shapes = bucket_shapes(config, job, [case.image.shape[:3] for case in sources["train"].cases])
-    examples = pipeline.make_sampler(
-        config.seed,
-        sources["train"],
-        job.splits["train"],
-        foreground=config.data.foreground,
-        sampling=config.data.sampling,
-        labels=job.cohort.labels,
-        buckets=shapes,
-        batch_size=config.data.batch_size,
-    )
+    examples, patch = train_examples(config, job, sources["train"])
     share, shares = parallel.row_share(mesh)
     feed = pipeline.train_batches(
         sources["train"],
         examples,
-        patch=shapes or tuple(config.data.patch),
+        patch=patch,
         batch_size=config.data.batch_size,
         first_step=first,
         process=share,

@@ -11,11 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
+from test_sides import KnowsItsSide
 from tiny import write_cohort, write_recipe
 from untrained import make_run
 
@@ -138,18 +138,6 @@ def test_the_cases_without_labels_are_ranked(run: Path, capsys: pytest.CaptureFi
     assert values == sorted(values, reverse=True)
 
 
-class _KnowsItsSide:
-    """A network that calls left what lies at low x, as one does that was trained with sides."""
-
-    def apply(self, variables: Any, x: jax.Array, train: bool) -> Any:
-        towards = jnp.broadcast_to((3.5 - jnp.arange(8.0))[:, None, None, None], (*x.shape[:4], 1))
-        low, high, nothing = towards, -towards, jnp.zeros_like(towards)
-        return {
-            "organ": [jnp.concatenate([nothing, nothing - 9, low, high], -1)],
-            "parts": [jnp.concatenate([nothing, low, high], -1)],
-        }
-
-
 def judge_of(monkeypatch: pytest.MonkeyPatch, labels: dict[str, int], augment: Any, mirror: tuple[int, ...]) -> Any:
     regions = {"all": tuple(labels)[-2:], "left": (list(labels)[-2],), "right": (list(labels)[-1],)}
     config = config_lib.defaults()
@@ -159,7 +147,7 @@ def judge_of(monkeypatch: pytest.MonkeyPatch, labels: dict[str, int], augment: A
     options = {"model": models.options, "tasks": tasks.options}
     config = config_lib.resolve(config, (), lambda room, kind: options[room](kind))
     built = tasks.build(config.tasks, labels)
-    model = _KnowsItsSide()
+    model = KnowsItsSide()
     monkeypatch.setattr(select, "coarsest", lambda model, params, x: jnp.zeros((len(x), 1)))
     run = SimpleNamespace(config=config, tasks=built, params={}, model=model, folder=Path("run"),
                           plan=SimpleNamespace(modalities=("CT",), orientation="RAS"),

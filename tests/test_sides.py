@@ -119,7 +119,7 @@ def test_pairs_are_labels_of_findings_and_not_their_numbers():
     np.testing.assert_array_equal(out["organ/target"][turned][:, :, 0, 0], [[1, 2, 3, 0]] * int(turned.sum()))
 
 
-class _KnowsItsSide:
+class KnowsItsSide:
     """A network that calls left what lies at low x, as one does that was trained with labels trading places."""
 
     def apply(self, variables: Any, x: jax.Array, train: bool) -> Any:
@@ -143,7 +143,7 @@ def test_averaged_over_mirrors_left_stays_left(swapped):
         augment = {"mirror": (0,), "swap": ((5, 2), ("hips", 1, 2))} if swapped else {"mirror": (1, 2)}
         config, built = run_of(job, KIDNEYS, augment=augment, eval={"mirror": axes})
         assert list(built["parts"].classes) == ["all", "left", "right"]
-        found[axes] = predict.Predictor(config, _KnowsItsSide(), built)({}, volume)
+        found[axes] = predict.Predictor(config, KnowsItsSide(), built)({}, volume)
     for name, expected in found[()].items():
         assert expected.std() > 0.1
         np.testing.assert_allclose(found[0, 1][name], expected, atol=1e-6, err_msg=name)
@@ -177,7 +177,7 @@ def test_sides_that_a_network_has_never_seen_mirrored_are_not_averaged(job, labe
     options = {"augment": augment, "data": {"patch": (8, 8, 8), "preprocess": {"orientation": orientation}}}
     config, built = run_of(job, labels, **options, eval={"mirror": (0, 1, 2)})
     with pytest.raises(UserError, match=f"eval.mirror names axis {side}, left to right.*{words}"):
-        predict.Predictor(config, _KnowsItsSide(), built)
+        predict.Predictor(config, KnowsItsSide(), built)
     others = tuple(axis for axis in range(3) if axis != side)
     assert not sides.views(config.augment, built, others, orientation)
 
@@ -195,4 +195,4 @@ def test_a_region_without_a_counterpart_cannot_be_mirrored():
     job = {"parts": {"type": "segmentation", "levels": 1, "regions": {"some": ("liver", "left kidney")}}}
     config, built = run_of(job, KIDNEYS, augment={"mirror": (0,), "swap": ((2, 5),)}, eval={"mirror": (0,)})
     with pytest.raises(UserError, match=r"eval.mirror: region 'some' of task 'parts' has no counterpart"):
-        predict.Predictor(config, _KnowsItsSide(), built)
+        predict.Predictor(config, KnowsItsSide(), built)
