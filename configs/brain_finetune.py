@@ -9,6 +9,9 @@ few steps.
 With `peft=lora` the factors of a small change learn instead (4.9 % of the parameters), with `peft=probe` the head
 alone; what is saved is that, and runs/brain_mae must stay. `scratch` begins at random, to compare.
 
+Score: mean test Dice 0.78, from random weights 0.80, LoRA 0.76 (6 cases, one seed: no difference shown); the head alone
+0.36. Cost: 3:30 minutes on 2 CPU cores, float32. See docs/benchmarks.md.
+
 Arguments: `debug` (a few small brains, a few steps), `source=FOLDER`, `labelled=6`, `peft=lora`, `scratch`.
 """
 
