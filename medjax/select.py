@@ -208,7 +208,7 @@ def open_cases(run: Run, cohort: str) -> tuple[list[Any], list[Any], dict[str, s
         try:
             readers.recognise(path, {})
         except UserError:
-            found, refused = find_inputs(path, run.plan.modalities, allow_missing=run.plan.missing == "zero")
+            found, refused = find_inputs(path, run.plan.channels, allow_missing=run.plan.missing == "zero")
             return [cohorts.Case(name, name, images) for name, images in found.items()], [], refused
     if own:
         spec.unlabelled = True

@@ -89,6 +89,14 @@ def open_cohort(
             f"config: data.layout={layout!r} is not known; use {', '.join(readers.LAYOUTS)}, or leave it empty"
         )
     order = tuple(config["modalities"]) or cohort.modalities
+    if images and not config["modalities"]:
+        for case in cohort.cases:
+            shared = [m for m, file in case.images.items() if list(case.images.values()).count(file) > 1]
+            if shared:  # a configuration sorts its keys: their order says nothing
+                raise UserError(
+                    f"config: data.modalities is empty, and {case.images[shared[0]]} holds {', '.join(shared)} as its "
+                    f"channels. Name all modalities, these in the order of the channels: data.modalities={order}, say."
+                )
     if sorted(order) != sorted(cohort.modalities):
         raise UserError(f"config: data.modalities={order} must name each modality once: {', '.join(cohort.modalities)}")
     cohort = replace(cohort, modalities=order)
