@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from medjax import faults, measures, pretext, processes, report
 from medjax.data import cohort as cohorts
 from medjax.data import dataset, nifti, preprocess
+from medjax.data.volume import voxel_volume_of
 from medjax.errors import UserError, write_atomic
 from medjax.logging import Progress, say
 from medjax.predict import Predictor, Run, output_files, read_ahead, read_case, write, write_table
@@ -64,7 +65,7 @@ def quick_scores(
             # Masks stay on the prepared grid; findings are compared in world millimetres.
             geometry = None if task.kind == "dense" else case.geometry
             decoded, reference = task.decode(probabilities[name], geometry), task.reference(value, geometry)
-            found = task.score(decoded, reference, case.geometry.spacing)
+            found = task.score(decoded, reference, case.geometry.spacing, voxel_volume_of(case.geometry.affine))
             rows[name] += [{"case": number, "group": number, **row} for row in found]
     rows = _gathered("validation", rows if contribute else {}, key=lambda row: row["case"])
     examined = examiner.rows(params) if examiner else {}
@@ -112,8 +113,8 @@ def _evaluate(workdir: Path, config: ConfigDict) -> None:
             f"{workdir}: the run was trained on labels {dict(run.labels)}, "
             f"the cohort '{cohort.name}' has {dict(cohort.labels)}"
         )
-    splits = dataset.open_splits(cohort, config.data, config.seed, config.tasks)
-    gauge = measures.of_splits(config, run.tasks, splits, workdir)
+    splits = dataset.open_splits(cohort, config.data, config.seed)
+    gauge = measures.of_splits(config, run.tasks, splits, workdir, run.config.data)
     for name in splits_to_evaluate(config, splits):
         evaluate_split(run, name, splits[name], workdir / "eval" / name, gauge(splits[name]))
 
@@ -155,13 +156,13 @@ def evaluate_split(
             elif options.predictions:
                 write(task, decoded, like, outputs[case.id][name])
             if name not in case.targets:
-                gauge.predicted(name, case.id, decoded, like.spacing)
+                gauge.predicted(name, case.id, decoded, like.spacing, voxel=like.voxel_volume)
                 continue
             if task.kind == "dense":
                 mask = nifti.read_label(str(case.targets[name]))
-                found = task.score(decoded, mask.data, mask.spacing)
-                gauge.predicted(name, case.id, decoded, like.spacing, mask.data)
-                gauge.reference(name, case.id, mask.data, mask.spacing)
+                found = task.score(decoded, mask.data, mask.spacing, mask.voxel_volume)
+                gauge.predicted(name, case.id, decoded, like.spacing, mask.data, like.voxel_volume)
+                gauge.reference(name, case.id, mask.data, mask.spacing, mask.voxel_volume)
             else:
                 reference = task.reference(prepared.values[name], prepared.geometry)
                 found = task.score(decoded, reference, prepared.geometry.spacing)

@@ -17,8 +17,8 @@ from untrained import make_run
 
 from medjax import config as config_lib
 from medjax import evaluate, main, measures, models, predict, tasks
-from medjax.data import dataset, nifti
-from medjax.data.cases import Case
+from medjax.data import dataset, inspect, nifti
+from medjax.data.cases import Case, Cohort
 from medjax.errors import UserError
 from medjax.measures import diagnosis, frames
 from medjax.measures.formulas import Call, Formulas, measure
@@ -140,6 +140,8 @@ def test_a_cavity_counts_where_a_wall_is_around_it() -> None:
     formulas = Formulas({"v": "enclosed(LV, wall, ED)"}, masks, ("ED",))
     found = formulas(measure(formulas.calls, "ED", masks.__getitem__, (1.5, 1.5, 10.0)))
     assert found["v"] == pytest.approx(2 * cavity.sum() * 2.25 * 10 / 1000)
+    sheared = formulas(measure(formulas.calls, "ED", masks.__getitem__, (1.5, 1.5, 10.0), 20.0))
+    assert sheared["v"] == pytest.approx(2 * cavity.sum() * 20 / 1000)
     closed = walls.wall(masks["wall"], masks["LV"], (1.5, 1.5, 10.0)).closed
     assert closed == pytest.approx([1, 0.5, 0.2, 0], abs=0.05)
 
@@ -318,9 +320,12 @@ def get_config(arg=None):
 """
 
 
-def write_heart(folder: Path) -> Path:
+LABELS = {"wall": 1, "LV": 2}
+
+
+def write_heart(folder: Path, seed: int = 0) -> Path:
     """Eight patients, two frames each: 'sick' ones have a large cavity that hardly shrinks. Frames by the table."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for name in ("images", "labels"):
         (folder / name).mkdir(parents=True)
     lines = ["patient,group,part,ED,ES,Height"]
@@ -488,9 +493,18 @@ def test_what_several_processes_measured_is_put_together(run: Path, monkeypatch:
 
 
 def half_ignored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spacing: tuple[float, float, float]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    spacing: tuple[float, float, float],
+    *,
+    half: int = 255,
+    tilt: float = 0.0,
 ) -> tuple[Any, Case]:
-    """An untrained run that calls all voxels 'lesion', and a case in half of which the reference ignores them."""
+    """An untrained run that calls all voxels 'lesion', and a case in half of which the reference ignores them.
+
+    Args:
+      half: what the reference has there. tilt: of the gantry, degrees.
+    """
     monkeypatch.setattr(
         predict.Predictor,
         "__call__",
@@ -502,9 +516,11 @@ def half_ignored(
     run.plan = replace(run.plan, ignore=255)
     image = np.random.default_rng(0).normal(100, 30, (16, 16, 16)).astype(np.float32)
     label = np.ones((16, 16, 16), np.uint8)
-    label[:8] = 255
+    label[:8] = half
+    affine = np.diag([*spacing, 1.0])
+    affine[1, 2] = spacing[2] * math.tan(math.radians(tilt))
     for name, data in (("image", image), ("label", label)):
-        nib.save(nib.Nifti1Image(data, np.diag([*spacing, 1.0])), tmp_path / f"{name}.nii.gz")
+        nib.save(nib.Nifti1Image(data, affine), tmp_path / f"{name}.nii.gz")
     return run, Case("c0", "c0", {"MRI": tmp_path / "image.nii.gz"}, {"t": tmp_path / "label.nii.gz"})
 
 
@@ -519,6 +535,37 @@ def test_what_the_reference_ignores_is_measured_in_neither(tmp_path: Path, monke
     gauge = measures.Gauge(bound, [case])
     gauge.predicted("t", "c0", np.ones((16, 16, 16), np.uint8), (1.0, 1.0, 1.0))  # without a reference all count
     assert gauge.table()["c0"]["v"] == 16**3 / 1000
+
+
+def test_volumes_of_a_tilted_gantry_are_exact_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shearing changes no volume: a voxel of 1 x 1 x 5 mm holds 5 mm³ at any tilt, though its edges are 1, 1, 5.32."""
+    run, case = half_ignored(tmp_path, monkeypatch, (1.0, 1.0, 5.0), half=0, tilt=20.0)
+    whole, part = 16**3 * 5 / 1000, 16**3 * 5 / 2000
+    about = inspect.examine(case, Cohort("x", tmp_path, ("MRI",), {"lesion": 1}, (case,)), picture=False)
+    assert about.masks["t"].volumes == {1: pytest.approx(part)}
+    config = config_lib.defaults()
+    config.measures.formulas = {"v": "volume(lesion)"}
+    bound = measures.build(config.measures, config.data, run.tasks)
+    assert list(bound.of_case(case, "").values()) == [pytest.approx(part)]
+    evaluate.evaluate_split(run, "val", [case], tmp_path / "val", measures.Gauge(bound, [case]))
+    (row,) = rows_of(tmp_path / "val" / "cases.csv")
+    volumes = {key: float(row[key]) for key in ("volume_ml", "reference_ml", "volume_error_ml")}
+    assert volumes == pytest.approx(
+        {"volume_ml": whole, "reference_ml": part, "volume_error_ml": whole - part}, rel=1e-5
+    )
+    (row,) = rows_of(tmp_path / "val" / "measures.csv")
+    assert [float(row[key]) for key in ("predicted", "reference")] == pytest.approx([whole, part], rel=1e-5)
+    gauge = measures.Gauge(bound, [case])
+    evaluate.evaluate_split(run, "new", [replace(case, targets={})], tmp_path / "new", gauge)
+    assert gauge.table()["c0"]["v"] == pytest.approx(whole)
+    prepared = predict.read_case(case, run.plan)[0]
+    scores = evaluate.quick_scores(run.predictor(), run.params, [prepared])
+    assert scores["volume_error_ml"] == pytest.approx(whole - part)
+    (tmp_path / "run" / "measures.json").write_text(json.dumps(bound.to_json()))
+    given = [f"--run={tmp_path / 'run'}", f"--input={tmp_path / 'image.nii.gz'}", f"--output={tmp_path / 'out'}"]
+    predict.main(given)
+    (row,) = rows_of(tmp_path / "out" / "measures.csv")
+    assert float(row["v"]) == pytest.approx(whole, rel=1e-5)
 
 
 SLICES = {"v": "volume(lesion)", "largest": "max(area(lesion))"}
@@ -557,13 +604,87 @@ def test_a_run_keeps_its_rule_and_learns_one_for_other_measures(run: Path, tmp_p
     cohort = dataset.open_cohort(config.data, config.tasks)
     built, splits = tasks.build(config.tasks, cohort.labels), dataset.open_splits(cohort, config.data, 0)
     (tmp_path / "measures.json").write_text((run / "measures.json").read_text().replace("cross_validation", "kept"))
-    measures.of_splits(config, built, {"val": splits["val"]}, tmp_path)
+    measures.of_splits(config, built, {"val": splits["val"]}, tmp_path, config.data)
     assert "kept" in (tmp_path / "measures.json").read_text()
     config = load(run.parent / "heart.py", "measures.diagnosis.shrinkage=0.5")
     with pytest.raises(UserError, match="no 'train' split to learn"):
-        measures.of_splits(config, built, {"val": splits["val"]}, tmp_path)
-    measures.of_splits(config, built, splits, tmp_path)
+        measures.of_splits(config, built, {"val": splits["val"]}, tmp_path, config.data)
+    measures.of_splits(config, built, splits, tmp_path, config.data)
     assert "kept" not in (tmp_path / "measures.json").read_text()
+
+
+EXCHANGED = "measures.frames={'ED':'{patient}_{ES:02}','ES':'{patient}_{ED:02}'}"
+
+
+def learnt(folder: Path, recipe: Path, *overrides: str) -> bytes:
+    """What a run of the recipe writes before it trains."""
+    folder.mkdir(exist_ok=True)
+    config = load(recipe, *overrides)
+    cohort = dataset.open_cohort(config.data, config.tasks)
+    train = dataset.open_splits(cohort, config.data, 0)["train"]
+    measures.learn(config, tasks.build(config.tasks, cohort.labels), train, folder)
+    return (folder / "measures.json").read_bytes()
+
+
+def judge(folder: Path, recipe: Path, trained: Any, *overrides: str) -> Any:
+    """The gauge with which the run in `folder` evaluates the validation patients, who have been measured by it."""
+    config = load(recipe, *overrides)
+    cohort = dataset.open_cohort(config.data, config.tasks)
+    splits = dataset.open_splits(cohort, config.data, 0)
+    gauge = measures.of_splits(config, tasks.build(config.tasks, cohort.labels), splits, folder, trained)(splits["val"])
+    for case in splits["val"]:
+        mask = nifti.read_label(str(case.targets["heart"]))
+        gauge.predicted("heart", case.id, mask.data, mask.spacing)
+    return gauge
+
+
+@pytest.fixture
+def heart(tmp_path: Path) -> Path:
+    """The recipe of a cohort."""
+    write_heart(tmp_path / "cohort")
+    (tmp_path / "heart.py").write_text(RECIPE.format(cohort=str(tmp_path / "cohort"), total=1))
+    return tmp_path / "heart.py"
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_frames_that_were_corrected_reach_the_rule_and_new_patients(heart: Path, tmp_path: Path, moved: bool) -> None:
+    right = json.loads(learnt(tmp_path / "right", heart))
+    learnt(tmp_path / "run", heart, EXCHANGED)
+    trained, place = load(heart, EXCHANGED).data, tmp_path / "cohort"
+    if moved:
+        place = place.rename(tmp_path / "elsewhere")
+    gauge = judge(tmp_path / "run", heart, trained, f"data.cohort={place}")
+    assert json.loads((tmp_path / "run" / "measures.json").read_text()) == right
+    table, rows = gauge.table(), gauge.diagnoses()
+    assert all(of["ef"] > 0 for of in table.values())
+    assert [row["diagnosis"] for row in rows] == ["well", "sick"]
+    # New patients, whose rows of a table say which frame is which: the same numbers.
+    cases = [Case(f"p6_{n}", f"p6_{n}", {"MR": place / "images" / f"p6_f{n}.nii.gz"}) for n in ("01", "13")]
+    new = measures.of_run(tmp_path / "run", tasks.build(load(heart).tasks, LABELS), cases, place / "patients.csv")
+    for case in cases:
+        mask = nifti.read_label(str(case.images["MR"]).replace("images", "labels"))
+        new.predicted("heart", case.id, mask.data, mask.spacing)
+    assert new.table()["p6"] == pytest.approx(table["p6"])
+
+
+def test_another_cohort_teaches_a_run_nothing(heart: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    kept, trained = learnt(tmp_path / "run", heart), load(heart).data
+    other = f"data.cohort={write_heart(tmp_path / 'other', seed=1)}"
+    for override in ("measures.report=('ef',)", EXCHANGED):
+        gauge = judge(tmp_path / "run", heart, trained, other, override)
+        assert len(gauge.diagnoses()) == 2
+        assert (tmp_path / "run" / "measures.json").read_bytes() == kept
+        assert ("keeps the frames of the run's own cohort" in capsys.readouterr().out) == (override == EXCHANGED)
+    with pytest.raises(UserError, match="is not the run's own cohort, so the diagnosis is not learnt from it"):
+        judge(tmp_path / "run", heart, trained, other, "measures.diagnosis.shrinkage=0.5")
+    # Without a diagnosis there is nothing to learn, and other formulas measure what they will.
+    gauge = judge(tmp_path / "run", heart, trained, other, "measures.diagnosis.column=", "measures.formulas.ef=1 + 1")
+    assert {of["ef"] for of in gauge.table().values()} == {2}
+    assert gauge.diagnoses() == []
+    assert (tmp_path / "run" / "measures.json").read_bytes() == kept
+    # A run that measured nothing when it was trained learns from what is at hand, as before.
+    (tmp_path / "run" / "measures.json").unlink()
+    assert len(judge(tmp_path / "run", heart, trained, other).diagnoses()) == 2
 
 
 def test_nothing_is_measured_where_nothing_is_declared(tmp_path: Path) -> None:

@@ -158,6 +158,19 @@ def test_volume_error():
     reference, prediction = np.zeros((2, 10, 10, 10), bool)
     reference[:5], prediction[:4] = True, True
     assert metrics.volume_error(prediction, reference, (2, 3, 0.5)) == pytest.approx((-0.3, -0.2))
+    assert metrics.volume_error(prediction, reference, (2, 3, 0.5), voxel=2.5) == pytest.approx((-0.25, -0.2))
+
+
+def test_voxels_of_a_sheared_grid_hold_less_than_the_product_of_its_spacing():
+    prediction, reference = labels()
+    cuboid = metrics.case_metrics(prediction, reference, CLASSES, (1, 1, 2))
+    sheared = metrics.case_metrics(prediction, reference, CLASSES, (1, 1, 2), voxel=1.5)
+    for a, b in zip(cuboid, sheared, strict=True):
+        for key in a:
+            assert b[key] == (pytest.approx(0.75 * a[key]) if key.endswith("_ml") else a[key])
+    for wrong in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(UserError, match="voxel volume"):
+            metrics.case_metrics(prediction, reference, CLASSES, (1, 1, 2), voxel=wrong)
 
 
 def labels() -> tuple[np.ndarray, np.ndarray]:

@@ -53,6 +53,8 @@ def test_small_lesions_do_not_count_but_false_ones_do():
     assert metastases.false_negatives == 1
     # Volume is mm³: in voxels of 8 mm³ the same lesion counts.
     assert lesions.lesion_metrics(cubes(BIG), cubes(BIG, small), (2, 2, 2)).false_negatives == 1
+    # And not where the grid is so sheared that they hold 1 mm³.
+    assert lesions.lesion_metrics(cubes(BIG), cubes(BIG, small), (2, 2, 2), voxel=1.0).small == 1
 
 
 def test_neighbours_within_the_dilation_are_one_lesion():

@@ -352,6 +352,9 @@ def test_which_lesions_count_is_the_tasks_to_say():
     ]
     # Dilated the two near ones are one lesion; of 50 mm³ and more there is one, with the other merged or left out.
     assert scores == pytest.approx([1, 1, 2 / 3, 2 / 4])
+    # In voxels of 2 mm³ the small ones have 54 mm³ and count.
+    undilated = Segmentation("t", {"a": 1}, lesions=True, lesion_dilation=0)
+    assert undilated.score(found, reference, (1, 1, 1), 2.0)[0]["lesion_f1"] == pytest.approx(2 / 4)
 
 
 # ----------------------------------------------------------------------------------------------------- classification

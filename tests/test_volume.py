@@ -82,6 +82,7 @@ def test_shear():
     tilted = np.eye(4)
     tilted[1, 2] = np.tan(np.deg2rad(20))
     assert shear(tilted) == pytest.approx(np.sin(np.deg2rad(20)))
+    assert volume(tilted @ np.diag([-1.0, 2.0, 3.0, 1.0])).voxel_volume == pytest.approx(6)  # shearing changes none
     assert shear(rotation(33) @ np.diag([1, 2, 3, 1.0])) == 0
 
 

@@ -155,7 +155,7 @@ def _read_masks(case: Case, cohort: Cohort, report: Report) -> dict[str, Volume]
                 continue
             volume = masks[path]
             values, counts = np.unique(volume.data, return_counts=True)
-            ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
+            ml = volume.voxel_volume / 1000
             volumes = {int(v): float(n) * ml for v, n in zip(values, counts, strict=True) if v}
             about[path] = Mask(str(path), volumes, cohorts.voxel_hash(volume))
             _check_mask(volume, set(volumes), cohort, report)
@@ -476,7 +476,7 @@ def inspect(config: Any, out: Path | None = None, pictures: int = 24) -> dict[st
     splits: dict[str, list[str]] = {}
     if cohort.splits or any(config.data.split[key] for key in ("file", "column", "folds")):
         try:
-            opened = dataset.open_splits(cohort, config.data, config.seed, config.tasks, check_content=False)
+            opened = dataset.open_splits(cohort, config.data, config.seed, check_content=False)
             splits = {name: [case.id for case in cases] for name, cases in opened.items()}
         except UserError as error:
             problems.append(Problem("error", str(error)))

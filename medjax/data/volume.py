@@ -76,6 +76,11 @@ class Volume:
         return spacing_of(self.affine)
 
     @property
+    def voxel_volume(self) -> float:
+        """Of one voxel, mm³: exact on sheared grids too, where the product of `spacing` is too large."""
+        return voxel_volume_of(self.affine)
+
+    @property
     def orientation(self) -> str:
         """Where each axis points, such as 'LPS' (first axis to the left, second to the back, third to the head)."""
         return orientation_of(self.affine)
@@ -85,6 +90,11 @@ def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
     """Lengths in mm of the three columns of `affine` [4, 4]."""
     x, y, z = np.sqrt((np.asarray(affine, np.float64)[:3, :3] ** 2).sum(axis=0)).tolist()
     return x, y, z
+
+
+def voxel_volume_of(affine: np.ndarray) -> float:
+    """Volume in mm³ of the parallelepiped that the three columns of `affine` [4, 4] span."""
+    return abs(float(np.linalg.det(np.asarray(affine, np.float64)[:3, :3])))
 
 
 def orientation_of(affine: np.ndarray) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from medjax import processes
+from medjax.config import difference
 from medjax.data import cohort as cohorts
 from medjax.data import dataset, nifti
 from medjax.errors import UserError, warn_once, write_atomic
@@ -28,6 +29,7 @@ from medjax.metrics import regression, stats, walls
 from medjax.predict import write_table
 
 FILE = "measures.json"
+_SAMPLE = 8  # digests of training images in it, by which the run's cohort is known again wherever it lies
 
 _STATISTICS: dict[str, Callable[[Mapping[str, np.ndarray]], float]] = {
     "mae": lambda t: regression.mean_absolute_error(t["predicted"], t["reference"]),
@@ -79,7 +81,7 @@ class Measures:
         """What is measured of a case's reference mask, on the file's own grid."""
         mask = nifti.read_label(str(case.targets[self.task.name]))
         self.check_slices(case.id, frame, mask.spacing)
-        return measure(self.formulas.calls, frame, self.masks(mask.data, mask.data), mask.spacing)
+        return measure(self.formulas.calls, frame, self.masks(mask.data, mask.data), mask.spacing, mask.voxel_volume)
 
     @property
     def sliced(self) -> tuple[Call, ...]:
@@ -222,21 +224,37 @@ class Gauge:
         self._seen: set[tuple[str, str]] = set()
 
     def predicted(
-        self, task: str, case: str, decoded: np.ndarray, spacing: Sequence[float], like: np.ndarray | None = None
+        self,
+        task: str,
+        case: str,
+        decoded: np.ndarray,
+        spacing: Sequence[float],
+        like: np.ndarray | None = None,
+        voxel: float | None = None,
     ) -> None:
         """Takes in what the network says of a case, on the file's own grid.
 
         Args:
           like: the reference mask, where there is one: what it says nothing of (`ignore`) is not measured either.
+          voxel: mm³ of a voxel (`formulas.measure`).
         """
-        self._take("predicted", task, case, decoded, like, spacing)
+        self._take("predicted", task, case, decoded, like, spacing, voxel)
 
-    def reference(self, task: str, case: str, mask: np.ndarray, spacing: Sequence[float]) -> None:
+    def reference(
+        self, task: str, case: str, mask: np.ndarray, spacing: Sequence[float], voxel: float | None = None
+    ) -> None:
         """Takes in a case's reference mask."""
-        self._take("reference", task, case, mask, mask, spacing)
+        self._take("reference", task, case, mask, mask, spacing, voxel)
 
     def _take(
-        self, kind: str, task: str, case: str, mask: np.ndarray, like: np.ndarray | None, spacing: Sequence[float]
+        self,
+        kind: str,
+        task: str,
+        case: str,
+        mask: np.ndarray,
+        like: np.ndarray | None,
+        spacing: Sequence[float],
+        voxel: float | None,
     ) -> None:
         if not (m := self._measures) or task != m.task.name or case not in self._frame:
             return
@@ -248,7 +266,7 @@ class Gauge:
         except UserError as error:
             warn_once(f"{error}. What needs its slices is undefined")
             calls = tuple(call for call in calls if call not in m.sliced)
-        of |= measure(calls, frame, m.masks(mask, like), spacing)
+        of |= measure(calls, frame, m.masks(mask, like), spacing, voxel)
         self._seen.add((kind, case))
 
     def gather(self, split: str) -> None:
@@ -422,7 +440,8 @@ def learn(config: Any, tasks: Mapping[str, Any], train: Sequence[cohorts.Case], 
     """
     if not (measures := build(config.measures, config.data, tasks)):
         return {}
-    table = measures.to_json()
+    labelled = [case for case in train if measures.task.name in case.targets]
+    table = measures.to_json() | {"images": _images(labelled)[:_SAMPLE]}
     if measures.column:
         rule, about = fit(measures, train, config.data.workers)
         table["diagnosis"] |= {"fitted": rule.to_json(), **about}
@@ -437,21 +456,43 @@ def learn(config: Any, tasks: Mapping[str, Any], train: Sequence[cohorts.Case], 
 
 
 def of_splits(
-    config: Any, tasks: Mapping[str, Any], splits: cohorts.Splits, workdir: Path
+    config: Any, tasks: Mapping[str, Any], splits: cohorts.Splits, workdir: Path, trained: Any
 ) -> Callable[[Sequence[cohorts.Case]], Gauge]:
     """What makes the gauge of a split's cases.
 
-    The rule is the run's own, from its `measures.json`: another cohort is judged by it, and teaches nothing. Where
-    there is none, or one of other measures, it is learnt from the training cases at hand.
+    The rule is the run's own, from its `measures.json`: another cohort is judged by it, teaches nothing, and may name
+    its frames otherwise. Where there is none, or the run's own cohort is measured otherwise by now, it is learnt from
+    the training cases at hand, and the file is written anew for the patients to come.
+
+    Args:
+      trained: `config.data` as the run was trained.
+
+    Raises:
+      UserError: no training cases to learn from; another cohort, and a diagnosis that the run has not learnt.
     """
     if not (measures := build(config.measures, config.data, tasks)):
         return lambda cases: Gauge(None, cases)
     content = read(workdir)
-    if not _fits(measures, content):
+    own = not content or _own(content, trained, config.data, splits)
+    named = _as_written(measures, content, ("frames", "group", "id"))
+    if not own and not _fits(measures, content):
+        if measures.column:
+            raise UserError(
+                f"{workdir / FILE}: is of other measures (formulas, or config: measures.diagnosis), and "
+                f"'{config.data.cohort}' is not the run's own cohort, so the diagnosis is not learnt from it. Evaluate "
+                "the run's own cohort with them first, or set measures.diagnosis.column=''."
+            )
+        return lambda cases: Gauge(measures, cases)
+    if not own and not named:
+        say(
+            f"measures    {workdir / FILE} keeps the frames of the run's own cohort, by which new patients are known; "
+            f"those given now are taken to be of '{config.data.cohort}' alone"
+        )
+    if own and not (named and _fits(measures, content)):
         if measures.column and "train" not in splits:
             raise UserError(
-                f"{workdir / FILE}: not there, or of other measures, and the cohort has no 'train' split to learn the "
-                "diagnosis from. Evaluate with the measures of the run, or set measures.diagnosis.column=''."
+                f"{workdir / FILE}: not there, or of other measures or frames, and the cohort has no 'train' split to "
+                "learn the diagnosis from. Evaluate with the measures of the run, or set measures.diagnosis.column=''."
             )
         content = learn(config, tasks, splits.get("train", ()), workdir)
     found = content["diagnosis"]
@@ -470,10 +511,28 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def _fits(measures: Measures, found: Mapping[str, Any]) -> bool:
-    """Whether what a run folder holds was learnt by these formulas for this diagnosis."""
-    wanted, old = measures.to_json(), found.get("diagnosis", {})
-    same = all(found.get(key) == wanted[key] for key in ("task", "formulas", "report"))
-    return same and all(old.get(key) == value for key, value in wanted["diagnosis"].items())
+    """Whether what a run folder holds was learnt by these formulas for this diagnosis; `report` has no part in it."""
+    old, same = found.get("diagnosis", {}), _as_written(measures, found, ("task", "formulas"))
+    return same and all(old.get(key) == value for key, value in measures.to_json()["diagnosis"].items())
+
+
+def _as_written(measures: Measures, found: Mapping[str, Any], keys: Sequence[str]) -> bool:
+    wanted = measures.to_json()
+    return all(found.get(key) == wanted[key] for key in keys)
+
+
+def _own(content: Mapping[str, Any], trained: Any, data: Any, splits: cohorts.Splits) -> bool:
+    """Whether a cohort is the one the run was trained on: by its name, or where it has moved by an image of it."""
+    if trained.cohort == data.cohort and not difference(trained.options, data.options):
+        return True
+    known = content.get("images", ())
+    return bool(known) and not set(known).isdisjoint(_images([case for cases in splits.values() for case in cases]))
+
+
+def _images(cases: Sequence[cohorts.Case]) -> list[str]:
+    """Digests of the cases' images in an order of their own, without those that hold one value only."""
+    digests = cohorts.content_hashes(file for case in cases for file in case.images.values())
+    return sorted({digest for digest in digests if not digest.startswith(cohorts._BLANK)})
 
 
 def of_run(folder: Path, tasks: Mapping[str, Any], cases: Sequence[cohorts.Case], table: Path | None) -> Gauge:

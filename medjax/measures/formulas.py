@@ -235,20 +235,26 @@ def _needs(node: Any) -> list[str]:
 
 
 def measure(
-    calls: Iterable[Call], frame: str, mask_of: Callable[[str], np.ndarray], spacing: Sequence[float]
+    calls: Iterable[Call],
+    frame: str,
+    mask_of: Callable[[str], np.ndarray],
+    spacing: Sequence[float],
+    voxel: float | None = None,
 ) -> dict[Call, Value]:
     """What those of `calls` that are about `frame` give in the masks of one case.
 
     Args:
       mask_of: label -> bool [X, Y, Z], on the grid with voxel edges `spacing` in mm.
+      voxel: mm³ of a voxel; None: the product of `spacing`, which is too large where the grid is sheared.
     """
+    voxel = float(np.prod(spacing)) if voxel is None else voxel
     found: dict[Call, Value] = {}
     rays: dict[tuple[str, ...], walls.Wall] = {}
     for call in calls:
         if call.function == "attribute" or call.frame != frame:
             continue
         if call.function == "volume":
-            found[call] = float(np.count_nonzero(mask_of(call.names[0])) * np.prod(spacing) / 1000.0)
+            found[call] = float(np.count_nonzero(mask_of(call.names[0])) * voxel / 1000.0)
         elif call.function == "area":
             axis = walls.slice_axis(spacing)
             others = tuple(a for a in range(3) if a != axis)
@@ -262,7 +268,7 @@ def measure(
             if call.function == "enclosed":
                 others = tuple(a for a in range(3) if a != walls.slice_axis(spacing))
                 counts = np.count_nonzero(mask_of(call.names[0]), axis=others)
-                found[call] = float(counts[rays[pair].closed >= _ENCLOSED].sum() * np.prod(spacing) / 1000.0)
+                found[call] = float(counts[rays[pair].closed >= _ENCLOSED].sum() * voxel / 1000.0)
             else:
                 found[call] = getattr(rays[pair], call.function)
     return found

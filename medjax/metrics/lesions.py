@@ -58,6 +58,7 @@ def lesion_metrics(
     min_volume: float = 50.0,
     penalty: float = PENALTY_MM,
     convention: segmentation.Convention = "surface-distance",
+    voxel: float | None = None,
 ) -> Lesions:
     """Lesion-wise Dice, HD95 and F1 of boolean masks [X, Y, Z] (rules: module docstring).
 
@@ -67,6 +68,7 @@ def lesion_metrics(
         min_volume: mm³: 50, and 2 for metastases.
         penalty: HD95 of what is missed or invented, mm.
         convention: Of HD95; the challenge uses 'surface-distance'.
+        voxel: mm³ of a voxel; None: the product of `spacing`, which is too large where the grid is sheared.
     """
     from scipy import ndimage
 
@@ -90,7 +92,7 @@ def lesion_metrics(
     parts, part_count = ndimage.label(prediction, touching)
     overlap = prediction & grown
     pairs = np.unique(np.stack([lesions[overlap], parts[overlap]]), axis=1)
-    volumes = np.bincount(lesions[reference], minlength=lesion_count + 1) * math.prod(step)
+    volumes = np.bincount(lesions[reference], minlength=lesion_count + 1) * segmentation._voxel(step, voxel)
 
     dices, distances, missed, small = [], [], 0, 0
     places = ndimage.find_objects(lesions)

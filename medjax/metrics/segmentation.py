@@ -181,14 +181,18 @@ def surface_dice(
 
 
 def volume_error(
-    prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float] = (1.0, 1.0, 1.0)
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    *,
+    voxel: float | None = None,
 ) -> tuple[float, float]:
     """Signed volume error, prediction minus reference: (millilitres, fraction of the reference's volume).
 
-    The fraction is nan where the reference is empty.
+    The fraction is nan where the reference is empty. `voxel` as of `case_metrics`.
     """
     prediction, reference = _masks(prediction, reference)
-    millilitres = math.prod(_spacing(spacing)) / 1000.0
+    millilitres = _voxel(_spacing(spacing), voxel) / 1000.0
     found, true = int(np.count_nonzero(prediction)), int(np.count_nonzero(reference))
     return (found - true) * millilitres, (found - true) / true if true else math.nan
 
@@ -202,6 +206,7 @@ def case_metrics(
     nsd_tolerance: float = 1.0,
     convention: Convention = "monai",
     boundary: Boundary = "surfel",
+    voxel: float | None = None,
 ) -> list[dict[str, Any]]:
     """All metrics of one case, one row a class.
 
@@ -215,6 +220,7 @@ def case_metrics(
         nsd_tolerance: Tolerance of the surface Dice in mm.
         convention: Of HD95 and ASSD, see `hausdorff`.
         boundary: Of the surface Dice, see `surface_dice`.
+        voxel: mm³ of a voxel; None: the product of `spacing`, which is too large where the grid is sheared.
 
     Returns:
         Rows `{class, dice, hd95, assd, nsd, volume_ml, reference_ml, volume_error_ml, empty}`; `empty` is '' or says
@@ -235,7 +241,7 @@ def case_metrics(
     _check_choice("boundary", boundary, Boundary)
     found, true = _Regions(prediction, classes, "prediction"), _Regions(reference, classes, "reference")
     diagonal = float(np.linalg.norm(np.multiply(prediction.shape[:3], step)))
-    millilitres = math.prod(step) / 1000.0
+    millilitres = _voxel(step, voxel) / 1000.0
     hd_boundary = _boundary_of(convention)
 
     box = _bounding_box(found.anything() | true.anything())
@@ -353,6 +359,13 @@ def _spacing(spacing: Sequence[float]) -> tuple[float, float, float]:
     if len(values) != 3 or not all(0 < value < math.inf for value in values):
         raise UserError(f"spacing {spacing} is not three positive lengths in mm")
     return values
+
+
+def _voxel(step: tuple[float, float, float], volume: float | None) -> float:
+    """mm³ of a voxel: as given, else of a cuboid."""
+    if volume is not None and not 0 < volume < math.inf:
+        raise UserError(f"voxel volume {volume} is not above 0 mm³")
+    return math.prod(step) if volume is None else float(volume)
 
 
 def _check_choice(what: str, value: str, choices: Any) -> None:

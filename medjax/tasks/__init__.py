@@ -153,13 +153,16 @@ class Task(Protocol):
         against the mask file itself.
         """
 
-    def score(self, prediction: Any, reference: Any, spacing: Sequence[float]) -> list[dict[str, Any]]:
+    def score(
+        self, prediction: Any, reference: Any, spacing: Sequence[float], voxel: float | None = None
+    ) -> list[dict[str, Any]]:
         """Rows of one case: each has 'class', and what `summarize` needs.
 
         A case may have several rows of one class (findings); one that has none to report still gives a row.
 
         Args:
           prediction: from `decode`. reference: mask on the same grid, or from `reference`. spacing: of the grid, mm.
+          voxel: mm³ of one of its voxels; None: the product of `spacing`, which is too large where it is sheared.
         """
 
     def summarize(self, rows: Sequence[Mapping[str, Any]], *, resamples: int = 1000) -> dict[str, Any]:

@@ -219,7 +219,11 @@ class Classification(Defaults):
         return [{"class": n, "probability": decoded[n], "called": int(n in called)} for n in self.names]
 
     def score(
-        self, prediction: Mapping[str, float], reference: np.ndarray, spacing: Sequence[float]
+        self,
+        prediction: Mapping[str, float],
+        reference: np.ndarray,
+        spacing: Sequence[float],
+        voxel: float | None = None,
     ) -> list[dict[str, Any]]:
         """A row an answer whose truth is known: its probability, whether it is called, whether it is true.
 

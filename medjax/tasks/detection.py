@@ -377,7 +377,7 @@ class Detection(Defaults):
         return findings.reference_rows(value, geometry)
 
     def score(
-        self, prediction: Sequence[Found], reference: np.ndarray, spacing: Sequence[float]
+        self, prediction: Sequence[Found], reference: np.ndarray, spacing: Sequence[float], voxel: float | None = None
     ) -> list[dict[str, Any]]:
         """A row a lesion ('hit' or 'missed') and a row a false finding ('false'); 'none' for a class without either.
 

@@ -160,7 +160,7 @@ class Landmark(Defaults):
         return findings.reference_rows(value, geometry)
 
     def score(
-        self, prediction: Sequence[Found], reference: np.ndarray, spacing: Sequence[float]
+        self, prediction: Sequence[Found], reference: np.ndarray, spacing: Sequence[float], voxel: float | None = None
     ) -> list[dict[str, Any]]:
         """A row a landmark that the case has: its error in mm, at most `penalty`, which a missed one has; whether it is
         found."""

@@ -183,7 +183,11 @@ class Regression(Defaults):
         return [{"class": name, **values, **unit} for name, values in decoded.items()]
 
     def score(
-        self, prediction: Mapping[str, Mapping[str, float]], reference: np.ndarray, spacing: Sequence[float]
+        self,
+        prediction: Mapping[str, Mapping[str, float]],
+        reference: np.ndarray,
+        spacing: Sequence[float],
+        voxel: float | None = None,
     ) -> list[dict[str, Any]]:
         """A row a number that is known: prediction, interval, reference, error."""
         truths = np.atleast_1d(np.asarray(reference, np.float64))

@@ -351,13 +351,16 @@ class Segmentation(Defaults):
             out[decoded[..., i]] = self.foreground[own[0]]
         return out
 
-    def score(self, prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]) -> list[dict[str, Any]]:
+    def score(
+        self, prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float], voxel: float | None = None
+    ) -> list[dict[str, Any]]:
         """Overlap, surface distances and volume of each class, on one grid.
 
         Voxels of the value `ignore` are background in both; a surface that runs into them ends there.
 
         Args:
           prediction: what `decode` returned. reference: mask values [x, y, z].
+          voxel: mm³ of a voxel (`Task.score`).
         """
         unknown = reference == self.ignore if self.ignore >= 0 else None
         if self.regions:
@@ -368,7 +371,13 @@ class Segmentation(Defaults):
             prediction, reference = prediction * kept, reference * kept
         step = tuple(spacing)
         rows = metrics.case_metrics(
-            prediction, reference, self.classes, step, nsd_tolerance=self.nsd_tolerance, convention=self.convention
+            prediction,
+            reference,
+            self.classes,
+            step,
+            nsd_tolerance=self.nsd_tolerance,
+            convention=self.convention,
+            voxel=voxel,
         )
         for i, (row, values) in enumerate(zip(rows, self.classes.values(), strict=True)):
             if not (self.centreline or self.lesions):
@@ -382,7 +391,7 @@ class Segmentation(Defaults):
                 row["cldice"] = metrics.centreline_dice(*pair)
             if self.lesions:
                 found = lesions.lesion_metrics(
-                    pair[0], pair[1], step, dilation=self.lesion_dilation, min_volume=self.lesion_volume
+                    pair[0], pair[1], step, dilation=self.lesion_dilation, min_volume=self.lesion_volume, voxel=voxel
                 )
                 row |= {"lesion_dice": found.dice, "lesion_hd95": found.hd95, "lesion_f1": found.f1}
         return rows
