@@ -384,6 +384,7 @@ def calibrate(recipe: str, arg: str, out: Path, arms: Sequence[str]) -> None:
         given = ",".join(filter(None, [arg, which]))
         command = ["--config.train.total=60 steps", "--config.train.log_every=5 steps", "--config.optim.warmup=1 steps"]
         command += ["--config.train.eval_cases=1", "--config.eval.mirror=()", "--config.init.source="]
+        command += ["--config.optim.decoder_first=0 steps"]  # as short as the run is, the encoder would never learn
         run(["medjax.main", f"--config={recipe}:{given}", f"--workdir={folder / arm}", *command])
         seconds = seconds_a_step(folder / arm)
         if not seconds:

@@ -25,7 +25,8 @@ def main() -> None:
     args = p.parse_args()
     run = Run(args.run)
     cohort = dataset.open_cohort(run.config.data, run.config.tasks)
-    cases = dataset.prepare(run.plan, dataset.open_splits(cohort, run.config.data, run.config.seed)[args.split])
+    splits = dataset.open_splits(cohort, run.config.data, run.config.seed, run.config.tasks)
+    cases = dataset.prepare(run.plan, splits[args.split])
     predictor = run.predictor([case.image.shape[:3] for case in cases])
     dense = {name: task for name, task in run.tasks.items() if task.kind == "dense"}
     names = run.plan.modalities

@@ -4,7 +4,7 @@ Data: the synthetic brains of configs/brain_seg.py, of whose 24 training cases 6
 pretraining. Run configs/brain_mae.py first (with the same `debug`; with other arguments and --workdir=runs/brain_mae),
 or give another `source=`: a run, one of its checkpoints, or weights of `python -m medjax.convert` for this network. The
 whole network learns, the encoder's stages slower the nearer they are to the image, and not before the heads have had a
-few steps.
+few steps. Weights that saw other contrasts, such as the one of `brain_mae.py:data=FOLDER`, are averaged over channels.
 
 With `peft=lora` the factors of a small change learn instead (4.9 % of the parameters), with `peft=probe` the head
 alone; what is saved is that, and runs/brain_mae must stay. `scratch` begins at random, to compare.
@@ -28,6 +28,7 @@ def get_config(arg=None):
     config.data.labelled, config.data.unlabelled = 2 if arg.debug else arg.labelled, False
     if not arg.scratch:
         config.init = ConfigDict({"source": arg.source or ("runs/brain_mae_debug" if arg.debug else "runs/brain_mae")})
+        config.init.channels = "average"  # of a folder's one contrast; those of the same four are taken as they are
     config.peft = ConfigDict({"type": arg.peft, "rank": 4, "alpha": 8.0})
     # Factors that begin at zero take larger steps than trained weights bear.
     config.optim.lr = 3e-3 if arg.scratch or not arg.peft else 1e-2

@@ -55,8 +55,8 @@ def defaults() -> ConfigDict:
     c.data.extra = ConfigDict({"folder": "", "modality": ""})  # volumes without targets to train on as well
     c.data.skip_unreadable = False  # leave out cases whose files cannot be used, and list them; else the first raises
     c.data.split = ConfigDict({"file": "", "column": "", "folds": 0, "fold": 0, "test": 0.0, "stratify": ""})
-    c.data.labelled = 0  # training patients whose labels are used, 5 of them among 10; 0: all
-    c.data.unlabelled = True  # whether the others stay, without labels
+    c.data.labelled = 0  # training patients whose labels (for the tasks) are used, 5 of them among 10; 0: all
+    c.data.unlabelled = True  # whether training cases without labels stay
     c.data.preprocess = ConfigDict(
         {
             "orientation": "RAS",
@@ -426,7 +426,8 @@ def steps(duration: str, *, batch_size: int, n_examples: int, key: str = "durati
     Args:
       n_examples: cases in the training split; one epoch takes one example of each.
     """
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(steps?|epochs?|examples?)\s*", duration)
+    form = r"\s*([0-9.]+(?:e[0-9]+)?)\s*(steps?|epochs?|examples?)\s*"
+    match = re.fullmatch(form, duration) if isinstance(duration, str) else None
     if not match:
         raise UserError(f"config: '{key}' is '{duration}'; write e.g. '500 steps', '20 epochs' or '8000 examples'")
     number, unit = float(match[1]), match[2].rstrip("s")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import threading
 import uuid
@@ -40,6 +41,14 @@ def warn_once(message: str) -> None:
             return
         _said.add(message)
     print(f"medjax: note: {message}", file=sys.stderr, flush=True)
+
+
+def check_regex(pattern: str, key: str) -> None:
+    """Raises UserError unless the `pattern` at `key` of the config is a regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError, OverflowError) as error:
+        raise UserError(f"config: {key} {pattern!r} is no regular expression: {error}") from None
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -113,7 +113,7 @@ def _evaluate(workdir: Path, config: ConfigDict) -> None:
             f"{workdir}: the run was trained on labels {dict(run.labels)}, "
             f"the cohort '{cohort.name}' has {dict(cohort.labels)}"
         )
-    splits = dataset.open_splits(cohort, config.data, config.seed)
+    splits = dataset.open_splits(cohort, config.data, config.seed, config.tasks)
     gauge = measures.of_splits(config, run.tasks, splits, workdir, run.config.data)
     for name in splits_to_evaluate(config, splits):
         evaluate_split(run, name, splits[name], workdir / "eval" / name, gauge(splits[name]))

@@ -44,7 +44,7 @@ def open_job(config: ConfigDict) -> Job:
     """Opens the cohort, divides it, learns the plan, builds tasks and model."""
     cohort = dataset.open_cohort(config.data, config.tasks)
     declare_targets(config, cohort)
-    splits = dataset.open_splits(cohort, config.data, config.seed)
+    splits = dataset.open_splits(cohort, config.data, config.seed, config.tasks)
     if "train" not in splits:
         raise UserError(f"config: data.split gives cohort '{cohort.name}' no 'train' split; it gives {list(splits)}")
     evaluated = evaluate.splits_to_evaluate(config, splits)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from medjax.errors import UserError
+from medjax.errors import UserError, check_regex
 
 
 def schedule(config: Mapping[str, Any], total: int, warmup: int) -> Callable[[Any], Any]:
@@ -105,6 +105,10 @@ def rule_factors(rules: Any, params: Any, factors: Mapping[str, str] | None = No
     """
     used = set()
     factors = factors or {}
+    for rule in rules:
+        if not (isinstance(rule, Sequence) and len(rule) == 2 and isinstance(rule[1], Mapping)):
+            raise UserError(f"config: optim.rules are pairs (regex, {{'lr': factor, 'decay': factor}}), not {rule!r}")
+        check_regex(rule[0], "optim.rules")
 
     def first(name: str) -> tuple[str, Mapping[str, float]]:
         for pattern, found in rules:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from medjax.errors import UserError
+from medjax.errors import UserError, check_regex
 
 AXES = ("data", "fsdp", "space")
 ROWS = PartitionSpec(("data", "fsdp"))
@@ -142,6 +142,8 @@ def param_specs(params: Any, rules: Sequence[Any], mesh: Mesh) -> dict[str, Part
       UserError: a parameter no rule covers, a rule that rules nothing (but a closing '.*'), a place that cannot be.
     """
     used, specs = set(), {}
+    for pattern, _ in rules:
+        check_regex(pattern, "mesh_rules")
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         rule = next((rule for rule in rules if re.fullmatch(rule[0], name)), None)

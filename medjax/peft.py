@@ -37,7 +37,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from medjax import optim
-from medjax.errors import UserError, warn_once
+from medjax.errors import UserError, check_regex, warn_once
 from medjax.models import stages
 
 TYPES = ("", "lora", "adapter", "bitfit", "norm", "prompt", "probe")
@@ -195,10 +195,8 @@ def _kernels(peft: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> 
 
 def _match(pattern: str, paths: Iterable[str], key: str) -> list[str]:
     paths = list(paths)
-    try:
-        found = [path for path in paths if re.fullmatch(pattern, path)]
-    except re.error as error:
-        raise UserError(f"config: {key} '{pattern}' is no regular expression: {error}") from None
+    check_regex(pattern, key)
+    found = [path for path in paths if re.fullmatch(pattern, path)]
     if not found:
         near = difflib.get_close_matches(pattern, paths, n=1, cutoff=0.0)
         what = "kernel of a dense or convolutional layer" if key == "peft.targets" else "parameter"

@@ -214,12 +214,13 @@ def find_inputs(
 ) -> tuple[dict[str, dict[str, Path]], dict[str, str]]:
     """Groups files into cases.
 
-    A file whose name ends in `_0000`, `_0001`... (the order of the run's modalities) or in `_<modality>` is that
-    modality of the case named by what comes before; any other file is a case by itself: its one modality, or all
-    of them as the channels of a 4-D image. Case does not matter.
+    A file whose name ends in `_0000`, `_0001`... (the order of `modalities`) or in `_<modality>` is that modality of
+    the case named by what comes before; any other file is a case by itself: its one modality, or all of them as the
+    channels of a 4-D image. Case does not matter.
 
     Args:
-      path: a file, or a folder of them. modalities: of the run. allow_missing: a case may lack some.
+      path: a file, or a folder of them. modalities: of the run, in the order of its files (`Plan.channels`).
+      allow_missing: a case may lack some.
 
     Returns:
       `(cases, refused)`: id -> modality -> file, and id -> what is wrong with the files that do not make a case.
@@ -323,10 +324,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{args.run}: the run has only self-supervised tasks ({', '.join(run.pretext)}), which predict nothing of "
             "new scans. Fine-tune it first (docs/pretraining.md)."
         )
-    found, refused = find_inputs(args.input, run.plan.modalities, allow_missing=run.plan.missing == "zero")
+    found, refused = find_inputs(args.input, run.plan.channels, allow_missing=run.plan.missing == "zero")
     numbered = any(stem(f).endswith("_0000") for images in found.values() for f in images.values())
-    if numbered and len(run.plan.modalities) > 1:
-        say("taking " + ", ".join(f"_{i:04d} as {m}" for i, m in enumerate(run.plan.modalities)))
+    if numbered and len(run.plan.channels) > 1:
+        say("taking " + ", ".join(f"_{i:04d} as {m}" for i, m in enumerate(run.plan.channels)))
     outputs = output_files(run.tasks, args.output, found)
     check_outputs(args.output, [p for paths in outputs.values() for p in paths.values()], found)
 

@@ -33,6 +33,7 @@ from medjax.ops.windows import SlidingWindow
 from medjax.predict import BASE, Run, find_inputs, read_case, write_table
 
 BY = ("entropy", "disagreement")
+_UNCERTAIN = ("softmax", "sigmoid")  # activations of tasks that say probabilities
 _MAYBE = 0.05  # probability of foreground from which a voxel counts
 _CONSTANT = 1e-3  # spread of a feature relative to its size under which it tells nothing
 
@@ -134,7 +135,7 @@ class Judge:
     """
 
     def __init__(self, run: Run, mirror: Sequence[int], shapes: Sequence[Sequence[int]]) -> None:
-        self.tasks = {n: t for n, t in run.tasks.items() if t.activation in ("softmax", "sigmoid")}
+        self.tasks = {n: t for n, t in run.tasks.items() if t.activation in _UNCERTAIN}
         self._run, self._predictor = run, run.predictor(shapes)
         choices = ((False, True) if axis in mirror else (False,) for axis in range(3))
         self._flips = [tuple(a for a in range(3) if flips[a]) for flips in itertools.product(*choices)]
@@ -207,12 +208,12 @@ def open_cases(run: Run, cohort: str) -> tuple[list[Any], list[Any], dict[str, s
         try:
             readers.recognise(path, {})
         except UserError:
-            found, refused = find_inputs(path, run.plan.modalities, allow_missing=run.plan.missing == "zero")
+            found, refused = find_inputs(path, run.plan.channels, allow_missing=run.plan.missing == "zero")
             return [cohorts.Case(name, name, images) for name, images in found.items()], [], refused
     if own:
         spec.unlabelled = True
         opened = dataset.open_cohort(spec, run.config.tasks)
-        cases = dataset.open_splits(opened, spec, run.config.seed, check_content=False)["train"]
+        cases = dataset.open_splits(opened, spec, run.config.seed, run.config.tasks, check_content=False)["train"]
     else:
         spec.cohort, spec.layout = str(path), ""
         opened = dataset.open_cohort(spec, run.config.tasks)
@@ -240,10 +241,6 @@ def judge(
     if not shapes:
         raise UserError(next(iter(refused.values())))
     seen = Judge(run, mirror, list(shapes.values()))
-    if not seen.tasks:
-        raise UserError(
-            f"{run.folder}: no task says probabilities (segmentation, classification), so none is uncertain"
-        )
     kept, found, features, known = [], [], [], []
     for number, case in enumerate((*labelled, *candidates), 1):
         tick(number)
@@ -308,6 +305,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.pool and args.pool < 1:
         raise UserError(f"--pool={args.pool:g}: needs 1 or more, or 0 for all cases")
     run = Run(args.run, kind=args.checkpoint, base=args.base)
+    if not any(task.activation in _UNCERTAIN for task in run.tasks.values()):
+        raise UserError(f"{args.run}: no task says probabilities (segmentation, classification), so none is uncertain")
     mirror = views(run.config) if args.mirror is None else tuple(args.mirror)
     run.config.eval.mirror = ()  # each view is predicted by itself
     if args.by == "disagreement" and not mirror:

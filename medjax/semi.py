@@ -282,7 +282,7 @@ class Semi:
             outputs = forward(params, seen, jax.random.fold_in(key, number), train=passes > 1)
             return {name: said(outputs[name][0], task.activation) for name, task in self._tasks.items()}
 
-        if self._config.method != "mean_teacher" or passes == 1:
+        if passes == 1:
             return jax.lax.stop_gradient(once(jnp.uint32(1)))
         found = jax.lax.map(once, jnp.arange(1, passes + 1, dtype=jnp.uint32))
         return jax.lax.stop_gradient({name: p.mean(axis=0) for name, p in found.items()})
@@ -305,6 +305,12 @@ def check(c: Mapping[str, Any]) -> None:
             f"config: semi.loss='{c['loss']}' is how the mean teacher compares; semi.method='{c['method']}' asks "
             "for the teacher's class by its cross-entropy: leave semi.loss out"
         )
+    for key, alone in (("uncertainty", "threshold"), ("passes", 1)):
+        if c[key] != alone and c["method"] != "mean_teacher":
+            raise UserError(
+                f"config: semi.{key}={c[key]!r} is of the mean teacher; semi.method='{c['method']}' has no use for it: "
+                f"leave semi.{key} out"
+            )
     shares = {"ema": c["ema"]} | ({} if c["threshold"] is None else {"threshold": c["threshold"]})
     for key, value in shares.items():
         if not isinstance(value, int | float) or not 0 <= value <= 1:

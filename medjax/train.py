@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -33,7 +33,8 @@ from medjax import (
 )  # fmt: skip
 from medjax.checkpoint import Checkpoints, Damaged
 from medjax.data import pipeline, sampler
-from medjax.data.cases import Cohort
+from medjax.data.cases import Problem
+from medjax.data.unlabelled import NothingLeft
 from medjax.errors import Resumable, UserError, warn_once, write_atomic
 from medjax.job import Job, fit_tasks, open_job, prepare_sources, steps_of, train_examples
 from medjax.logging import Metrics, Progress, duration, say
@@ -74,8 +75,12 @@ def _train(
     mesh = parallel.make_mesh(config.mesh)
     parallel.check_mode(config.parallel, mesh)
     parallel.check_batch(config.data.batch_size, config.optim.accumulate, mesh)
-    job = open_job(config)
-    say_skipped(job.cohort, workdir)
+    try:
+        job = open_job(config)
+    except NothingLeft as error:
+        say_skipped(error.skipped, error.left, workdir)
+        raise
+    say_skipped(job.cohort.skipped, len(job.cohort.cases) + len(job.cohort.extra), workdir)
     sampler.check_multiple(config.data.patch, job.model.backbone.total_factor())
     parallel.check_space(config.data.patch, job.model.backbone.total_factor(), mesh)
     every = intervals(config, len(job.splits["train"]))
@@ -380,13 +385,16 @@ def draw_curves(workdir: Path) -> None:
         pictures.curves(rows, workdir / "curves.png", title=workdir.name)
 
 
-def say_skipped(cohort: Cohort, workdir: Path) -> None:
-    """The cases that were left out for what is wrong with them, at the terminal and in `skipped.csv`."""
-    if not cohort.skipped or not processes.primary():
+def say_skipped(skipped: Sequence[Problem], left: int, workdir: Path) -> None:
+    """The cases that were left out for what is wrong with them, at the terminal and in `skipped.csv`.
+
+    Args:
+      left: how many were not.
+    """
+    if not skipped or not processes.primary():
         return
-    rows = [{"case": p.case, "file": p.file, "reason": p.message} for p in cohort.skipped]
+    rows = [{"case": p.case, "file": p.file, "reason": p.message} for p in skipped]
     write_table(rows, workdir / "skipped.csv")
-    left = len(cohort.cases) + len(cohort.extra)
     say(f"skipped     {len(rows)} of {len(rows) + left} cases ({workdir / 'skipped.csv'}):")
     for row in rows:
         say(f"  {row['case']}: {row['reason']}")

@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 
 from medjax import checkpoint, convert, models, peft, tasks
 from medjax import config as config_lib
-from medjax.errors import UserError, warn_once
+from medjax.errors import UserError, check_regex, warn_once
 from medjax.models import stages
 from medjax.models.model import build_model
 
@@ -54,6 +54,7 @@ class Source:
       path: as it was given. where: that, checkpoint and step, for people. params: path -> array.
       model: the backbone's `name` and options.
       modalities: of the images it saw, in the order of the channels; (): not known. kind, step: of the checkpoint.
+      decoded: False if its decoder, begun at random, was in no task's way, so that it never learnt.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class Source:
     modalities: tuple[str, ...] = ()
     kind: str = ""
     step: int = -1
+    decoded: bool = True
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class Start:
 
     Attributes:
       params: path -> array of the network that begins. reshaped: path -> what was done to it. missing: paths that keep
-        their random start. unused: the source's names that found no place.
+        their random start. unused: the source's names that found no place. untrained: paths of `params` that the source
+        never trained either (`Source.decoded`).
     """
 
     source: Source
@@ -94,6 +97,7 @@ class Start:
     reshaped: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    untrained: list[str] = field(default_factory=list)
 
     def reference(self, paths: Iterable[str], folder: Path) -> dict[str, Any]:
         """What a checkpoint in the run `folder` says of the parameters at `paths` instead of holding them."""
@@ -263,7 +267,22 @@ def _of_run(checkpoints: checkpoint.Checkpoints, run: Path, path: Path, kind: st
     meta = checkpoints.meta(kind, step)
     params = whole_parameters(checkpoints, kind, step, run)
     modalities = tuple(json.loads(meta["plan"])["modalities"])
-    return Source(path, f"{path} ({kind}, step {step})", params, meta["config"]["model"], modalities, kind, step)
+    config = meta["config"]
+    model, begun = config["model"], config.get("init", {}).get("source")
+    decoded = bool(begun) or any(_decodes(task, model) for task in config["tasks"].values())
+    return Source(path, f"{path} ({kind}, step {step})", params, model, modalities, kind, step, decoded)
+
+
+def _decodes(task: Mapping[str, Any], model: Mapping[str, Any]) -> bool:
+    """Whether what the backbone's decoder makes of an image is in the loss of a task, given as its section."""
+    if task["type"] == "masked":
+        return task.get("method") == "simmim" or task.get("decoder") == "backbone"
+    if task["type"] == "contrastive":
+        return task.get("scope") == "local"
+    # Pooled heads may take the bottleneck alone.
+    pooled = task["type"] in ("classification", "regression")
+    bottom = pooled and task.get("levels") == 1 and bool(model.get("bottleneck"))
+    return task["type"] != "autoregressive" and not bottom
 
 
 def whole_parameters(
@@ -346,6 +365,9 @@ def match(source: Source, target: Target, rules: Mapping[str, Any]) -> Start:
             + "\nSet model.* as it was there, or leave them out with init.skip=('REGEX',)."
         )
     _check_found(done, target)
+    if not source.decoded:
+        where = stages.places(str(target.model["name"]), done.params)
+        done.untrained = [path for path, place in where.items() if place.part == "decoder"]
     _say_options(source, target)
     return done
 
@@ -396,10 +418,8 @@ def _matching(patterns: Sequence[str], names: Mapping[str, Any], key: str) -> se
     """The names that one of the patterns matches whole."""
     found: set[str] = set()
     for pattern in patterns:
-        try:
-            hits = {name for name in names if re.fullmatch(pattern, name)}
-        except re.error as error:
-            raise UserError(f"config: {key} '{pattern}' is no regular expression: {error}") from None
+        check_regex(pattern, key)
+        hits = {name for name in names if re.fullmatch(pattern, name)}
         if not hits:
             near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
             raise UserError(
@@ -510,7 +530,7 @@ def table(done: Start, frozen: Collection[str] = ()) -> str:
     """What was matched, reshaped, missing and unused: a line a module, and every reshaped parameter.
 
     Args:
-      frozen: parameters that do not train; of those the missing ones are told apart.
+      frozen: parameters that do not train; of those the missing ones, and those that never trained, are told apart.
     """
 
     def modules(paths: Sequence[str]) -> dict[str, int]:
@@ -520,15 +540,25 @@ def table(done: Start, frozen: Collection[str] = ()) -> str:
             counts[module] = counts.get(module, 0) + 1
         return counts
 
+    def random(kind: str, paths: Sequence[str], what: str) -> list[str]:
+        learnt = [path for path in paths if path not in frozen]
+        still = [path for path in paths if path in frozen]
+        found = [f"  {kind}{module} ({n}), {what}" for module, n in modules(learnt).items()]
+        return found + [f"  {kind}{module} ({n}), {what} AND FROZEN" for module, n in modules(still).items()]
+
     matched = [path for path in done.params if path not in done.reshaped]
-    lines = [f"  matched   {module} ({n})" for module, n in modules(matched).items()]
+    known = [path for path in matched if path not in done.untrained]
+    lines = [f"  matched   {module} ({n})" for module, n in modules(known).items()]
+    lines += random("matched   ", [path for path in matched if path in done.untrained], "never trained there")
     lines += [f"  reshaped  {path}  {what}" for path, what in done.reshaped.items()]
-    learnt = [path for path in done.missing if path not in frozen]
-    still = [path for path in done.missing if path in frozen]
-    lines += [f"  missing   {module} ({n}), at random" for module, n in modules(learnt).items()]
-    lines += [f"  missing   {module} ({n}), at random AND FROZEN" for module, n in modules(still).items()]
+    lines += random("missing   ", done.missing, "at random")
     lines += [f"  unused    {module} ({n})" for module, n in modules(done.unused).items()]
     counts = {"matched": matched, "reshaped": done.reshaped, "missing": done.missing, "unused": done.unused}
     values = sum(math.prod(array.shape) for array in done.params.values())
+    if not set(done.untrained).isdisjoint(frozen):
+        lines.append(
+            "  what was never trained there is as it was drawn, at random, and stays so where it is frozen: train it "
+            "(peft.train=('heads', 'decoder')), or begin from a run that trained it (masked: decoder='backbone')"
+        )
     total = ", ".join(f"{len(v)} {k}" for k, v in counts.items())
     return "\n".join([f"init        {done.source.where}: {total} ({values:,} values)", *lines])

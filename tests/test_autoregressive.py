@@ -101,5 +101,9 @@ def test_needs_a_transformer() -> None:
     model = Model(UNet(features=(4, 8), convs=1, decoder_convs=1), {"ar": Autoregressive("ar").head()})
     with pytest.raises(UserError, match="needs a transformer"):
         jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGE, train=True))
+    one = ViT(features=12, depth=2, heads=2, mlp=16, patch=(16, 16, 16))
+    model = Model(one, {"ar": Autoregressive("ar").head()})
+    with pytest.raises(UserError, match=r"a patch of \(16, 16, 16\) voxels is one token.*enlarge data.patch"):
+        jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((2, 16, 16, 16, 1)), train=True))
     with pytest.raises(UserError, match="order='spiral' is not known"):
         Autoregressive("ar", order="spiral")

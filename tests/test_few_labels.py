@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from benchmarks import few_labels
 from configs.ablations import few_labels as study
 from launch import sweep
 from medjax import config as config_lib
-from medjax import models, peft, tasks, transfer
+from medjax import models, optim, peft, tasks, transfer
 from medjax.data import dataset
 from medjax.errors import UserError
 from medjax.models.model import build_model
@@ -30,9 +31,9 @@ REPO = Path(__file__).resolve().parents[1]
 RECIPE = str(REPO / study.__file__)
 
 
-def resolved(arg: str) -> Any:
+def resolved(arg: str, overrides: Sequence[str] = ()) -> Any:
     options = {"model": models.options, "tasks": tasks.options}
-    return config_lib.load(f"{RECIPE}:{arg}", (), lambda room, kind: options[room](kind))
+    return config_lib.load(f"{RECIPE}:{arg}", overrides, lambda room, kind: options[room](kind))
 
 
 def steps(config: Any) -> int:
@@ -326,6 +327,25 @@ def test_calibration_prints_what_the_recipe_has(
         assert found["STEP"] == 0.1
         assert found["COST"] == {arm: 2.0 if arm == "pretrain" else 1.0 for arm in study.COST}
         assert list(found["COST"]) == list(study.COST)
+
+
+def test_every_arm_of_a_longer_study_can_be_calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: dict[str, list[str]] = {}
+
+    def run(arguments: list[str]) -> None:
+        arm = next(a for a in arguments if a.startswith("--config=")).removeprefix(f"--config={RECIPE}:")
+        commands[arm] = [a.removeprefix("--config.") for a in arguments if a.startswith("--config.")]
+
+    monkeypatch.setattr(few_labels, "run", run)
+    monkeypatch.setattr(few_labels, "seconds_a_step", lambda folder: 1.0)
+    monkeypatch.setattr(few_labels, "log_of", lambda folder: (resolved("").to_dict(), []))
+    few_labels.main(["--calibrate", f"--out={tmp_path}", f"--config={RECIPE}:seconds=600"])
+    assert len(commands) == len(study.COST)
+    for arg, overrides in commands.items():
+        config = resolved(arg, overrides)
+        late = config_lib.steps(config.optim.decoder_first, batch_size=4, n_examples=1)
+        assert late < steps(config) == 60, f"{arg}: the encoder would stand still"
+        optim.schedule(config.optim, 60, config_lib.steps(config.optim.warmup, batch_size=4, n_examples=1))
 
 
 def test_a_failed_sweep_still_reports_and_commands_add_up(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,7 @@ def test_the_first_rule_that_matches_rules() -> None:
         (((r"encoder.*", "fsdp"),), "cover no parameter 'head/kernel'"),
         (((r"decoder.*", "fsdp"), (r".*", "fsdp")), "'decoder.*' matches no parameter"),
         (((r".*", "columns"),), "'columns'"),
+        (((r"(head", "fsdp"),), "head' is no regular expression"),
         (((r".*/kernel", (None, "fsdp")), (r".*", "fsdp")), "2 places for 'encoder/kernel'"),
         (((r"head.*", (None, None, None, None, "fsdp")), (r".*", "fsdp")), "an axis of 7, which mesh.fsdp=8"),
     ],

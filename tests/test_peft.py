@@ -169,6 +169,11 @@ def test_factors_learn_at_the_rate_of_their_kernel() -> None:
         ({"peft__type": "probe", "peft__train": ("head",)}, "peft.train 'head' matches no parameter"),
         ({"peft__type": "prompt"}, "finds nothing to train"),
         ({"peft__type": "bitfit", "peft__targets": (".*",)}, "peft.targets are of lora, adapter and prompt"),
+        ({"peft__type": "lora", "peft__targets": (5,)}, "peft.targets 5 is no regular expression"),
+        ({"peft__type": "probe", "peft__train": ("(",)}, "peft.train '(' is no regular expression"),
+        ({"optim__rules": (("(bad", {"lr": 0.0}), (".*", {}))}, "optim.rules '(bad' is no regular expression"),
+        ({"optim__rules": (("bad", 0.0), (".*", {}))}, "optim.rules are pairs (regex, {'lr': factor"),
+        ({"optim__rules": (".*",)}, "optim.rules are pairs"),
     ],
 )
 def test_what_cannot_be_meant(changes: Any, words: str) -> None:
@@ -318,6 +323,9 @@ def test_prompts_and_adapters_that_find_no_block() -> None:
         jax.eval_shape(Model(unet, {}, Insert("adapter", 3, ("backbone/stage.*",))).init, jax.random.key(0), x)
     with pytest.raises(UserError, match=r"'backbone.\*' takes the module 'backbone', which makes no single array"):
         jax.eval_shape(Model(unet, {}, Insert("adapter", 3, ("backbone.*",))).init, jax.random.key(0), x)
+    for kind in ("adapter", "prompt"):
+        with pytest.raises(UserError, match=r"peft.targets 'backbone/\(enc' is no regular expression"):
+            Insert(kind, 2, ("backbone/(enc",))
 
 
 def test_nothing_is_inserted_where_it_would_not_train() -> None:
@@ -821,6 +829,7 @@ def test_what_has_not_begun_does_not_count_in_the_clipped_norm() -> None:
         ({"optim__decoder_first": "soon"}, "'optim.decoder_first' is 'soon'"),
         ({"optim__decoder_first": "1000 steps"}, "optim.decoder_first: 1000 steps of standing still in a run of 1000"),
         ({"optim__unfreeze": ("2000 steps", "0 steps")}, "optim.unfreeze: 2000 steps of standing still"),
+        ({"optim__unfreeze": (300, 0)}, "'optim.unfreeze' is '300'; write e.g. '500 steps'"),
         ({"optim__layer_decay": 0.5, "model__name": "mlp"}, "the depth of the stages of model.name 'mlp' is not known"),
     ],
 )

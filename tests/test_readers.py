@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from medjax import config as config_lib
-from medjax.data import dataset, readers
-from medjax.data.cases import Intake
+from medjax import predict
+from medjax.data import dataset, preprocess, readers
+from medjax.data.cases import Case, Intake
 from medjax.data.cohort import Finding, from_manifest, from_msd, from_nnunet, load_images, split
 from medjax.data.tables import load_rows, parse_findings
 from medjax.errors import UserError
@@ -203,6 +204,40 @@ def test_nnunet_channels_are_stacked_in_order(tmp_path):
         opened(tmp_path, modalities=("T1",))
     with pytest.raises(UserError, match="data.labels: a folder with dataset.json names its own labels"):
         opened(tmp_path, labels={"x": 1})
+
+
+@pytest.mark.parametrize("layout", ["msd", "nnunet"])
+def test_prediction_gives_a_reordered_network_the_channels_it_was_trained_with(tmp_path, layout):
+    root = tmp_path / "cohort"
+    if layout == "msd":
+        image(root / "imagesTr/a.nii.gz", shape=(4, 5, 6, 2))
+        table = {"modality": {"0": "T1", "1": "FLAIR"}, "labels": {"0": "background", "1": "core"}}
+        write(root / "dataset.json", table | {"training": ["./imagesTr/a.nii.gz"]})
+    else:
+        nnunet(root, ids=("a",))
+        for c in range(2):
+            image(root / f"imagesTr/a_{c:04d}.nii.gz", c)
+    for modalities, numbered in ((("FLAIR", "T1"), ("T1", "FLAIR")), (("T1", "FLAIR"), ())):
+        cohort = opened(root, modalities=modalities)
+        trained = load_images(cohort.cases[0], cohort.modalities).data
+        plan = preprocess.fit({}, cohort, cohort.cases)
+        assert (plan.modalities, plan.numbered) == (modalities, numbered)
+        plan = preprocess.Plan.from_json(plan.to_json())
+        found, refused = predict.find_inputs(root / "imagesTr", plan.channels)
+        assert refused == {}
+        read = load_images(Case("a", "a", found["a"]), plan.modalities).data
+        np.testing.assert_array_equal(read, trained)
+        assert (read[..., 0] != read[..., 1]).any()
+
+
+def test_several_modalities_in_one_file_need_their_order(tmp_path):
+    table = write(tmp_path / "m.csv", "id,scan\na,a.nii.gz\n")
+    file = image(tmp_path / "a.nii.gz", shape=(4, 5, 6, 2))
+    with pytest.raises(UserError, match=r"data.modalities is empty, and .*a.nii.gz holds CT, PET as its channels"):
+        opened(table, images={"PET": "scan", "CT": "scan"})
+    cohort = opened(table, images={"PET": "scan", "CT": "scan"}, modalities=("PET", "CT"))
+    stacked = load_images(cohort.cases[0], ("CT", "PET")).data
+    np.testing.assert_array_equal(stacked, np.asarray(nib.load(file).dataobj)[..., ::-1])
 
 
 # ------------------------------------------------------------------------------------------------------------ Decathlon

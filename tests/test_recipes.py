@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pytest
 
 from medjax import config as config_lib
 from medjax import job as job_lib
-from medjax import main, models, peft, tasks
+from medjax import main, models, peft, tasks, transfer
 from medjax.errors import UserError
 from medjax.models.model import build_model
 
@@ -100,9 +102,9 @@ def test_brain_finetune_begins_from_brain_mae(
         main.main([f"--config={REPO}/configs/brain_finetune.py:debug", f"--workdir={cache / 'runs' / 'none'}"])
 
 
-def resolved(recipe: str) -> Any:
+def resolved(recipe: str, overrides: Sequence[str] = ()) -> Any:
     options = {"model": models.options, "tasks": tasks.options}
-    return config_lib.load(f"{REPO}/configs/{recipe}", (), lambda room, kind: options[room](kind))
+    return config_lib.load(f"{REPO}/configs/{recipe}", overrides, lambda room, kind: options[room](kind))
 
 
 def test_every_argument_of_pretraining_and_fine_tuning() -> None:
@@ -156,6 +158,21 @@ def test_brain_mae_of_a_folder(cache: Path, tmp_path: Path) -> None:
     summary = json.loads((run / "eval" / "val" / "summary.json").read_text())
     assert 0 < summary["n_cases"] < 6
     assert {"error", "explained"} <= set(summary["metrics"])
+    # It is what brain_finetune.py begins from, though that has four contrasts.
+    config = resolved(f"brain_finetune.py:debug,source={run}", ["model.features=(4,8)"])
+    model = build_model(config, tasks.build(config.tasks, {str(i): i for i in range(1, 7)}))
+    start = transfer.open_start(config, model, ("T1", "T1c", "T2", "FLAIR"), tmp_path)
+    assert start is not None
+    stem = "backbone/encoder0/block0/conv/kernel"
+    assert {path: text.endswith("channels averaged") for path, text in start.reshaped.items()} == {stem: True}
+    assert start.missing
+    assert all(path.startswith("heads_") for path in start.missing)
+    # Weights that saw the same four are taken as they are.
+    four = dataclasses.replace(start.source, modalities=("T1", "T1c", "T2", "FLAIR"))
+    four.params[stem] = rng.normal(size=start.params[stem].shape).astype(np.float32)
+    again = transfer.match(four, transfer.describe(config, model, four.modalities), config.init)
+    np.testing.assert_array_equal(again.params[stem], four.params[stem])
+    assert not again.reshaped
 
 
 def test_stroke_risk(cache: Path) -> None:

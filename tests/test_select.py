@@ -236,6 +236,7 @@ def test_what_cannot_work_is_refused_in_words(run: Path, tmp_path: Path) -> None
         ([str(make_run(tmp_path / "never")), cohort, "--by=disagreement"], "never: was trained without mirroring"),
         ([str(run), str(tmp_path / "none")], "none"),
         ([str(tmp_path), cohort], "holds no checkpoint"),
+        ([str(make_run(tmp_path / "mae", {"mae": {"type": "masked"}})), cohort], "mae: no task says probabilities"),
     ):
         with pytest.raises(UserError, match=words):
             select.main(arguments)

@@ -178,10 +178,23 @@ def test_the_teacher_may_be_compared_by_overlap(recipe: Path) -> None:
 
 
 def test_the_mean_of_several_passes_teaches(recipe: Path) -> None:
-    more = ("semi.passes=3", "semi.uncertainty=entropy", "semi.cases=all")
-    (before, after), sums = steps(unlabelled(recipe, "mean_teacher", *more), none())
-    assert sums["semi/spheres"] > 0
-    assert not same(before.params, after.params)
+    config = load(recipe, "semi.method=mean_teacher", "semi.passes=3", "semi.noise=0.0", "semi.rampup=0 steps")
+    learner = semi.Semi(config, tasks_lib.build({"age": {"type": "regression"}}, {}), 0, [()])
+    modes = []
+
+    def forward(_: Any, image: Any, key: Any, train: bool) -> dict[str, Any]:
+        modes.append(train)
+        return {"age": [jax.random.normal(key, (2, 1))]}
+
+    batch = {"semi/image": jnp.zeros((2, 4, 4, 4, 1)), "example": jnp.arange(2), "modality": jnp.ones((2, 1), bool)}
+    batch["semi/age"] = jnp.ones(2, bool)
+    own, key = np.asarray([[0.5], [-2.0]], np.float32), jax.random.key(7)
+    _, parts = learner.loss(forward, {"age": [own]}, None, batch, {"semi/age": 0.5}, key, 0)
+    # The loss of the mean is not the mean of the losses.
+    said = [np.asarray(jax.random.normal(jax.random.fold_in(key, k), (2, 1))) for k in (1, 2, 3)]
+    assert float(parts["semi/age"]) == pytest.approx(0.5 * np.square(own - np.mean(said, axis=0)).sum(), rel=1e-5)
+    assert modes
+    assert all(modes), "with dropout, in which the passes differ"
 
 
 @pytest.mark.parametrize("uncertainty", ["threshold", "entropy", "none"])
@@ -476,6 +489,8 @@ def test_a_class_and_a_number_of_a_case_are_compared_too(recipe: Path) -> None:
         (["semi.method=mean_teacher", "data.labelled=2", "semi.cases=some"], ["semi.cases 'some'", "unlabelled"]),
         (["semi.method=mean_teacher", "data.labelled=2", "semi.loss=l1"], ["semi.loss 'l1'", "mse, dice"]),
         (["semi.method=fixmatch", "data.labelled=2", "semi.loss=dice"], ["semi.loss='dice' is how the mean teacher"]),
+        (["semi.method=fixmatch", "data.labelled=2", "semi.passes=4"], ["semi.passes=4 is of the mean teacher"]),
+        (["semi.method=cps", "data.labelled=2", "semi.uncertainty=none"], ["semi.uncertainty='none' is of the mean"]),
         (["semi.method=fixmatch", "data.labelled=2", "semi.strong=(('affine', {}),)"], ["'affine' changes more"]),
         (["semi.method=fixmatch", "data.labelled=2", "semi.strong=(('cutmix', {}),)"], ["'cutmix' changes more"]),
         (["data.labelled=7"], ["data.labelled=7", "1 to 6"]),
@@ -524,6 +539,37 @@ def test_patients_are_counted_and_only_those_with_labels() -> None:
     assert len({id for id in found if id != "bare"}) == 4
     with pytest.raises(UserError, match="1 to 4"):
         dataset.hide_labels(splits, 5, True, 0)
+
+
+def test_labels_are_the_targets_of_the_tasks() -> None:
+    """60 patients, all of known age; five have the organ too."""
+    masks = {"p07", "p19", "p23", "p31", "p58"}
+    names = [f"p{i:02}" for i in range(60)]
+    splits = {"train": tuple(
+        Case(n, n, {}, {"age": 50.0, **({"organ": Path(n)} if n in masks else {})}) for n in names
+    )}  # fmt: skip
+    chosen = {n: known(dataset.hide_labels(splits, n, True, 0, ("organ", "mae"))) for n in (1, 3, 5)}
+    assert set(chosen[1]) < set(chosen[3]) < set(chosen[5]) == masks
+    with pytest.raises(UserError, match="data.labelled=6: needs a number from 1 to 5"):
+        dataset.hide_labels(splits, 6, True, 0, ("organ",))
+    # Of both tasks: who has both comes first, whoever else is asked for.
+    both = {n: set(known(dataset.hide_labels(splits, n, True, 0, ("organ", "age")))) for n in (3, 5, 20)}
+    assert both[3] < both[5] == masks < both[20]
+    # Where all have the same it is the order by (seed, patient) alone, whatever else they have.
+    assert known(dataset.hide_labels(splits, 7, True, 0, ("age",))) == known(
+        dataset.hide_labels({"train": tuple(Case(n, n, {}, {"age": 1.0}) for n in names)}, 7, True, 0)
+    )
+
+
+def test_cases_without_labels_are_left_out_where_all_labels_are_used() -> None:
+    bare = tuple(Case(f"bare{i}", f"bare{i}", {}) for i in range(55))
+    splits = {"train": (*cases(5), *bare, Case("old", "old", {}, {"age": 80.0})), "val": bare[:2]}
+    found = dataset.hide_labels(splits, 0, False, 0, ("organ",))
+    assert found == {"train": cases(5), "val": bare[:2]}
+    assert dataset.hide_labels(splits, 5, False, 0, ("organ",)) == found
+    assert dataset.hide_labels(splits, 0, True, 0, ("organ",)) == splits
+    # Pretraining has no labels to lack.
+    assert dataset.hide_labels({"train": bare}, 0, False, 0, ("mae",)) == {"train": bare}
 
 
 @pytest.mark.parametrize(("share", "batch"), [(0.5, 4), (0.25, 4), (1 / 3, 4), (1.0, 2)])

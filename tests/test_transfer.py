@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 from test_train import load, state_bytes
+from untrained import make_run
 
 from medjax import config as config_lib
 from medjax import convert, main, models, peft, transfer
@@ -19,6 +20,7 @@ from medjax import job as job_lib
 from medjax import step as step_lib
 from medjax.errors import UserError
 from medjax.models import stages
+from medjax.models.heads import DenseHead
 from medjax.models.model import Model
 from medjax.ops.conv3d import conv3d
 from medjax.transfer import Source, Target
@@ -324,6 +326,54 @@ def test_what_sees_the_image_is_found_in_every_network(options: Any, stems: tupl
     config.update({"model": options, "data": {"patch": (16, 16, 16)}})
     found = transfer.describe(config, Model(models.build(options, jnp.float32), {}), ("T1", "T2"))
     assert found.stems == {f"backbone/{stem}/kernel": 3 for stem in stems}
+
+
+@pytest.mark.parametrize(
+    ("job", "decoded"),
+    [
+        ({"mae": {"type": "masked"}}, False),
+        ({"mae": {"type": "masked", "decoder": "backbone"}}, True),
+        ({"mae": {"type": "masked", "method": "simmim"}}, True),
+        ({"pairs": {"type": "contrastive"}}, False),
+        ({"pairs": {"type": "contrastive", "scope": "local"}}, True),
+        ({"mae": {"type": "masked"}, "grade": {"type": "classification", "names": ("a", "b")}}, True),
+        ({"spheres": {"type": "segmentation"}}, True),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_a_decoder_that_never_trained_is_told(job: Any, decoded: bool, tmp_path: Path) -> None:
+    config = config_lib.defaults()
+    options = {"name": "unet", "features": (4, 8), "convs": 1, "decoder_convs": 1}
+    config.update({"model": options, "data": {"patch": (16, 16, 16)}, "peft": {"type": "probe"}})
+    config.init.source = str(make_run(tmp_path / "run", job))
+    model = Model(models.build(options, jnp.float32), {"organ": DenseHead(3)})
+    start = transfer.open_start(config, model, ("MRI",), tmp_path)
+    assert start is not None
+    shapes = transfer.describe(config, model, ("MRI",)).shapes
+    division = peft.divide(config, shapes)
+    text = transfer.table(start, division.frozen)
+    never = [line for line in text.splitlines() if "never trained there AND FROZEN" in line]
+    assert sum("backbone/up0 (2)" in line or "backbone/decoder0" in line for line in never) == 2 * (not decoded)
+    assert ("begin from a run that trained it" in text) == (not decoded)
+    assert not [line for line in never if "encoder" in line]
+    # Where it learns here, it has only begun at random.
+    config.peft.train = ("heads", "decoder")
+    text = transfer.table(start, peft.divide(config, shapes).frozen)
+    assert "AND FROZEN" not in text
+    assert ("never trained there" in text) == (not decoded)
+    # All of it is still the source's: what refers to it finds it as it was.
+    assert set(start.params) == {path for path in shapes if path.startswith("backbone/")}
+
+
+def test_a_decoder_that_no_task_needs() -> None:
+    for sections, decoded in (
+        ({"model": {"name": "unet", "bottleneck": True}, "tasks": {"a": {"type": "regression", "levels": 1}}}, False),
+        ({"model": {"name": "unet", "bottleneck": True}, "tasks": {"a": {"type": "regression", "levels": 2}}}, True),
+        ({"model": {"name": "unet", "bottleneck": False}, "tasks": {"a": {"type": "regression", "levels": 1}}}, True),
+        ({"model": {"name": "unetr"}, "tasks": {"a": {"type": "autoregressive"}}}, False),
+    ):
+        (task,) = sections["tasks"].values()
+        assert transfer._decodes(task, sections["model"]) == decoded
 
 
 # --- depth -----------------------------------------------------------------------------------------------------------

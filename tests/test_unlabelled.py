@@ -6,12 +6,14 @@ import csv
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
 from tiny import RECIPE, write_cohort
 
+from medjax import config as config_lib
 from medjax import main
 from medjax.data import cohort as cohorts
 from medjax.data import dataset
@@ -106,11 +108,16 @@ def test_what_cannot_be_used_is_listed(folder: Path) -> None:
     assert not reasons
 
 
-def test_nothing_left_is_an_error(folder: Path, tmp_path: Path) -> None:
+def test_nothing_left_is_an_error(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("bad_2d.nii.gz", "bad_rgb.nii.gz"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     with pytest.raises(UserError, match="no case is left that can be used; 2 were skipped"):
         usable(cohorts.from_files(tmp_path), SPEC)
+    run, options = tmp_path / "run", ["--config.data.layout=files", "--config.data.skip_unreadable=true"]
+    with pytest.raises(UserError, match="no case is left that can be used; 2 were skipped"):
+        main.main([f"--config={recipe(tmp_path / 'r.py', tmp_path)}", f"--workdir={run}", *options])
+    assert [row["case"] for row in csv.DictReader((run / "skipped.csv").open())] == ["bad_2d", "bad_rgb"]
+    assert "skipped     2 of 2 cases" in capsys.readouterr().out
     (tmp_path / "nothing").mkdir()
     with pytest.raises(UserError, match="holds no NIfTI file"):
         cohorts.from_files(tmp_path / "nothing")
@@ -178,6 +185,34 @@ def test_extra_volumes_have_a_modality_and_some_are_left(folder: Path, tmp_path:
     with pytest.raises(UserError, match="data.extra.folder: none of its 2 volumes can be used: .*bad_2d.nii.gz"):
         usable(with_extra(cohorts.from_files(folder, "T1"), str(tmp_path), "", False), SPEC)
     assert {tuple(case.images) for case in both.extra} == {("T2",)}
+
+
+def opened(cohort: Path, **keys: Any) -> cohorts.Cohort:
+    config = config_lib.defaults()
+    config_lib.merge(config, {"data": {"cohort": str(cohort), "preprocess": {"missing": "zero"}, **keys}})
+    return dataset.open_cohort(config.data, {"mae": {"type": "masked"}})
+
+
+def test_extra_volumes_are_skipped_and_left_out_as_others_are(tmp_path: Path) -> None:
+    cohort, scans = write_cohort(tmp_path / "cohort", n=2), tmp_path / "scans"
+    for name in ("a.nii", "a.nii.gz", "b.nii", "c.nii", "case0.nii"):
+        save(scans / name, noise(8, 8, 8))
+    extra = {"extra": {"folder": str(scans), "modality": ""}}
+    with pytest.raises(UserError, match="makes the same id, 'a'"):
+        opened(cohort, **extra)
+    found = opened(cohort, skip_unreadable=True, exclude=("extra_b", "extra_case0", "case1"), **extra)
+    assert [case.id for case in found.cases] == ["case0"]
+    assert [case.id for case in found.extra] == ["extra_a", "extra_c"]
+    assert [(problem.case, "makes the same id" in problem.message) for problem in found.skipped] == [("extra_a", True)]
+    for name, words in (("extra_d", "scans has no case or patient 'd'"), ("d", "has no case or patient 'd'")):
+        with pytest.raises(UserError, match=words):
+            opened(cohort, skip_unreadable=True, exclude=(name,), **extra)
+    # A case of the cohort may be called so too.
+    for name in ("cohort/imagesTr/case1.nii.gz", "cohort/labelsTr/case1.nii.gz"):
+        (tmp_path / name).rename((tmp_path / name).with_name("extra_x.nii.gz"))
+    (cohort / "dataset.json").write_text((cohort / "dataset.json").read_text().replace("case1", "extra_x"))
+    found = opened(cohort, skip_unreadable=True, exclude=("extra_x",), **extra)
+    assert [case.id for case in found.cases] == ["case0"]
 
 
 @pytest.mark.real

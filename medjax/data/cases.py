@@ -132,6 +132,7 @@ class Intake:
         self.problems: list[Problem] = []
         self.left_out: set[str] = set()
         self.tolerant = tolerant
+        self.beside = ""  # how names of `exclude` begin that may be another reader's; see `rest`
         self._exclude = frozenset(str(name) for name in exclude)
         self._met: set[str] = set()
 
@@ -156,9 +157,16 @@ class Intake:
         else:
             warn_once(message)
 
+    def rest(self) -> Intake:
+        """The like for cases whose ids will begin with `beside`: of the names that begin so those not met yet."""
+        names = (name for name in self._exclude - self._met if name.startswith(self.beside))
+        return Intake((name.removeprefix(self.beside) for name in names), self.tolerant)
+
     def check_excluded(self, cohort: Cohort) -> None:
         """Raises UserError for a name to leave out that no case has."""
         for name in sorted(self._exclude - self._met):
+            if self.beside and name.startswith(self.beside):
+                continue
             known = [*(c.id for c in cohort.cases), *(c.group for c in cohort.cases)]
             raise UserError(
                 f"config: data.exclude: {cohort.name} has no case or patient {name!r}{nearest(name, known)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +31,8 @@ def open_cohort(
         raise UserError(f"config: data.cohort is empty; give a folder, a manifest (.csv, .json) or one of {known}")
     lenient = bool(config.get("skip_unreadable")) and intake is None
     intake = intake or cohorts.Intake(config["exclude"], tolerant=lenient)
+    extra = dict(config.get("extra") or {})
+    intake.beside = unlabelled.EXTRA if extra.get("folder") else ""
     types = (
         dict.fromkeys([tasks] if tasks else [], "segmentation")
         if isinstance(tasks, str)
@@ -87,12 +89,19 @@ def open_cohort(
             f"config: data.layout={layout!r} is not known; use {', '.join(readers.LAYOUTS)}, or leave it empty"
         )
     order = tuple(config["modalities"]) or cohort.modalities
+    if images and not config["modalities"]:
+        for case in cohort.cases:
+            shared = [m for m, file in case.images.items() if list(case.images.values()).count(file) > 1]
+            if shared:  # a configuration sorts its keys: their order says nothing
+                raise UserError(
+                    f"config: data.modalities is empty, and {case.images[shared[0]]} holds {', '.join(shared)} as its "
+                    f"channels. Name all modalities, these in the order of the channels: data.modalities={order}, say."
+                )
     if sorted(order) != sorted(cohort.modalities):
         raise UserError(f"config: data.modalities={order} must name each modality once: {', '.join(cohort.modalities)}")
     cohort = replace(cohort, modalities=order)
-    extra = dict(config.get("extra") or {})
     if extra.get("folder"):
-        cohort = unlabelled.with_extra(cohort, extra["folder"], extra["modality"], missing)
+        cohort = unlabelled.with_extra(cohort, extra["folder"], extra["modality"], missing, intake)
     return unlabelled.usable(cohort, config["preprocess"], intake.problems, config["workers"]) if lenient else cohort
 
 
@@ -110,11 +119,16 @@ def _images(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def open_splits(
-    cohort: cohorts.Cohort, config: Mapping[str, Any], seed: int, check_content: bool = True
+    cohort: cohorts.Cohort,
+    config: Mapping[str, Any],
+    seed: int,
+    tasks: Collection[str] = (),
+    check_content: bool = True,
 ) -> cohorts.Splits:
     """The splits of `config.data.split`: a file, a column, folds by patient, or else the cohort's own.
 
     Args:
+      tasks: names of the run's, see `hide_labels`.
       check_content: compare the voxels of images across splits, which reads them all.
     """
     wanted = config["split"]
@@ -123,36 +137,46 @@ def open_splits(
         spec |= {"folds": wanted["folds"], "fold": wanted["fold"]}
         spec |= {key: wanted[key] for key in ("test", "stratify") if wanted[key]}
     splits = cohorts.split(cohort, spec, seed, check_content)
-    return hide_labels(splits, config.get("labelled", 0), config.get("unlabelled", True), seed)
+    return hide_labels(splits, config.get("labelled", 0), config.get("unlabelled", True), seed, tasks)
 
 
-def hide_labels(splits: cohorts.Splits, count: int, keep: bool, seed: int) -> cohorts.Splits:
-    """Takes the targets from all training patients but `count` of those who have any; 0 leaves the splits as they are.
+def hide_labels(
+    splits: cohorts.Splits, count: int, keep: bool, seed: int, tasks: Collection[str] = ()
+) -> cohorts.Splits:
+    """Takes the targets from all training patients but `count` of those who have labels; 0: from none.
 
-    A patient's place in the order depends on (seed, patient) alone: those chosen for 3 are among those for 5, on any
-    machine, and patients that are added change nobody else's place.
+    Patients with labels for more of the tasks come first. Among equals a place in the order depends on (seed, patient)
+    alone: those chosen for 3 are among those for 5, on any machine, and patients that are added change nobody else's
+    place.
 
     Args:
-      count: `data.labelled`. keep: `data.unlabelled`; whether the rest stays, as cases without targets.
+      count: `data.labelled`. keep: `data.unlabelled`; whether cases without labels stay.
+      tasks: whose targets are labels; where no training case has one of theirs, every target is.
 
     Raises:
-      UserError: a negative count, or one above the number of patients with targets.
+      UserError: a negative count, or one above the number of patients with labels.
     """
-    if not count:
+    if "train" not in splits or (not count and keep):
         return splits
-    having = {case.group for case in splits["train"] if case.targets}
-    if not 0 < count <= len(having):
+    every = {name for case in splits["train"] for name in case.targets}
+    labels = every & set(tasks) or every
+    having: dict[str, set[str]] = {}
+    for case in splits["train"]:
+        if own := labels & set(case.targets):
+            having.setdefault(case.group, set()).update(own)
+    if count and not 0 < count <= len(having):
         raise UserError(
             f"config: data.labelled={count}: needs a number from 1 to {len(having)}, the training patients with labels "
             "(0: all of them)"
         )
 
-    def order(group: str) -> bytes:
-        return hashlib.blake2b(f"labelled:{seed}:{group}".encode(), digest_size=8).digest()
+    def order(group: str) -> tuple[int, bytes]:
+        draw = hashlib.blake2b(f"labelled:{seed}:{group}".encode(), digest_size=8).digest()
+        return -len(having[group]), draw
 
-    chosen = set(sorted(having, key=order)[:count])
+    chosen = set(sorted(having, key=order)[: count or None])
     train = [case if case.group in chosen else replace(case, targets={}) for case in splits["train"]]
-    return {**splits, "train": tuple(case for case in train if keep or case.group in chosen)}
+    return {**splits, "train": tuple(case for case in train if keep or not chosen or labels & set(case.targets))}
 
 
 def prepare(

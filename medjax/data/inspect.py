@@ -476,7 +476,7 @@ def inspect(config: Any, out: Path | None = None, pictures: int = 24) -> dict[st
     splits: dict[str, list[str]] = {}
     if cohort.splits or any(config.data.split[key] for key in ("file", "column", "folds")):
         try:
-            opened = dataset.open_splits(cohort, config.data, config.seed, check_content=False)
+            opened = dataset.open_splits(cohort, config.data, config.seed, config.tasks, check_content=False)
             splits = {name: [case.id for case in cases] for name, cases in opened.items()}
         except UserError as error:
             problems.append(Problem("error", str(error)))

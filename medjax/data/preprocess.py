@@ -255,6 +255,8 @@ class Plan:
       kinds: task -> what its targets are, one of `medjax.data.targets.KINDS`.
       columns: task of findings -> names of their attributes, sorted.
       ignore: value of voxels that nobody labelled, kept in the targets as it is; None where there is none.
+      numbered: the modalities in the order of the files' channels, and of names that end in _0000, _0001..., where the
+        cohort's layout has an order of its own that `data.modalities` changed; empty: that of `modalities`.
     """
 
     modalities: tuple[str, ...]
@@ -274,6 +276,12 @@ class Plan:
     order: int = 3
     anisotropy: float = 0.0
     enhance: tuple[Mapping[str, Any], ...] = ()
+    numbered: tuple[str, ...] = ()
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """The modalities in the order in which files have them."""
+        return self.numbered or self.modalities
 
     @property
     def declared(self) -> tuple[int, ...] | None:
@@ -282,7 +290,10 @@ class Plan:
 
     def to_json(self) -> str:
         """As JSON text; floats keep every bit."""
-        return json.dumps({"version": _PLAN_VERSION, **dataclasses.asdict(self)}, indent=1)
+        table = dataclasses.asdict(self)
+        if not self.numbered:
+            del table["numbered"]  # the text by which runs are compared stays what it was before there was this key
+        return json.dumps({"version": _PLAN_VERSION, **table}, indent=1)
 
     @classmethod
     def from_json(cls, text: str | Mapping[str, Any]) -> Plan:
@@ -293,6 +304,7 @@ class Plan:
         for key in ("modalities", "spacing", "median_spacing", "median_shape"):
             table[key] = None if table[key] is None else tuple(table[key])
         table["enhance"] = tuple(table.get("enhance", ()))
+        table["numbered"] = tuple(table.get("numbered", ()))
         table["columns"] = {task: tuple(names) for task, names in table.get("columns", {}).items()}
         return cls(**table)
 
@@ -624,6 +636,7 @@ def fit(spec: Mapping[str, Any], cohort: Cohort, cases: Iterable[Case]) -> Plan:
         grids = list(pool.map(nifti.read_grid, (next(iter(case.images.values())) for case in cases)))
     oriented = [axes_towards(affine, full["orientation"])[0] for _, affine in grids]
     spacings = [np.array(spacing_of(affine))[list(order)] for (_, affine), order in zip(grids, oriented, strict=True)]
+    files = next((tuple(case.images) for case in cases if len(case.images) == len(cohort.modalities)), ())
     x, y, z = (float(f"{s:.6g}") for s in np.median(spacings, axis=0))
     plan = Plan(
         modalities=cohort.modalities,
@@ -641,6 +654,7 @@ def fit(spec: Mapping[str, Any], cohort: Cohort, cases: Iterable[Case]) -> Plan:
         order=full["order"],
         anisotropy=full["anisotropy"],
         enhance=full["enhance"],
+        numbered=() if files == cohort.modalities else files,
     )
     shapes = [plan.geometry(shape, affine).shape for shape, affine in grids]
     a, b, c = (round(float(n)) for n in np.median(shapes, axis=0))

@@ -370,7 +370,8 @@ def _files_of(path: Path) -> list[Path]:
 
 def _plan_key(plan: preprocess.Plan) -> dict[str, Any]:
     """The part of a plan that a prepared case depends on: the folds of a cohort share their cases."""
-    return {k: v for k, v in json.loads(plan.to_json()).items() if k not in ("median_spacing", "median_shape")}
+    unused = ("median_spacing", "median_shape", "numbered")
+    return {k: v for k, v in json.loads(plan.to_json()).items() if k not in unused}
 
 
 @functools.cache

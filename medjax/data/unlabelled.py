@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from medjax.data import nifti, preprocess
-from medjax.data.cases import Case, Cohort, Problem, nearest
+from medjax.data.cases import Case, Cohort, Intake, Problem, nearest
 from medjax.data.cohort import content_hash
 from medjax.data.folders import from_files
 from medjax.data.joins import check_unique
@@ -19,12 +19,23 @@ from medjax.errors import UserError
 from medjax.logging import Progress
 from medjax.ops.native.cpus import usable_cpus
 
+EXTRA = "extra_"  # how ids and patients of added volumes begin
 
-def with_extra(cohort: Cohort, folder: str, modality: str, allow_missing: bool) -> Cohort:
+
+class NothingLeft(UserError):
+    """No case can be used, or none of those added; `skipped` tells why of each, `left` how many can."""
+
+    def __init__(self, message: str, skipped: Sequence[Problem], left: int = 0) -> None:
+        super().__init__(message)
+        self.skipped, self.left = tuple(skipped), left
+
+
+def with_extra(cohort: Cohort, folder: str, modality: str, allow_missing: bool, intake: Intake | None = None) -> Cohort:
     """The cohort with every volume of `folder` as one more training case, without targets.
 
     Args:
       modality: of the cohort's, what the volumes are; '': its only one. allow_missing: `preprocess.missing` is 'zero'.
+      intake: of the cohort, after it was read: what to leave out, and where to note what is wrong with a volume.
     """
     if not modality and len(cohort.modalities) > 1:
         raise UserError(
@@ -41,8 +52,11 @@ def with_extra(cohort: Cohort, folder: str, modality: str, allow_missing: bool) 
         raise UserError(
             "config: data.extra: its volumes have one modality of several; set data.preprocess.missing='zero'"
         )
-    found = from_files(Path(folder).expanduser(), modality)
-    extra = tuple(replace(case, id=f"extra_{case.id}", group=f"extra_{case.group}") for case in found.cases)
+    intake = intake or Intake()
+    own = intake.rest()
+    found = from_files(Path(folder).expanduser(), modality, intake=own)
+    extra = tuple(replace(case, id=EXTRA + case.id, group=EXTRA + case.group) for case in found.cases)
+    intake.problems += [replace(problem, case=EXTRA + problem.case) for problem in own.problems]
     check_unique(found.root, (*cohort.cases, *extra))
     return replace(cohort, extra=extra)
 
@@ -87,14 +101,17 @@ def usable(cohort: Cohort, spec: Mapping[str, Any], known: Sequence[Problem] = (
     left = tuple(case for case in cohort.cases if case.id in kept)
     if not left:
         listed = "".join(f"\n  {problem.message}" for problem in skipped[:10])
-        raise UserError(f"{cohort.root}: no case is left that can be used; {len(skipped)} were skipped:{listed}")
+        message = f"{cohort.root}: no case is left that can be used; {len(skipped)} were skipped:{listed}"
+        raise NothingLeft(message, skipped)
     splits = cohort.splits and {name: tuple(id for id in ids if id in kept) for name, ids in cohort.splits.items()}
     gone = frozenset(problem.case for problem in skipped)
     extra = tuple(case for case in cohort.extra if case.id in kept)
     if cohort.extra and not extra:
-        raise UserError(
+        raise NothingLeft(
             f"config: data.extra.folder: none of its {len(cohort.extra)} volumes can be used: "
-            f"{next(p.message for p in skipped if p.case == cohort.extra[0].id)}"
+            f"{next(p.message for p in skipped if p.case == cohort.extra[0].id)}",
+            skipped,
+            len(left),
         )
     return replace(
         cohort, cases=left, extra=extra, splits=splits, left_out=cohort.left_out | gone, skipped=tuple(skipped)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from medjax.errors import UserError
+from medjax.errors import UserError, check_regex
 from medjax.models.layers import Linear
 from medjax.ops.gelu import gelu
 
@@ -62,6 +62,10 @@ class Insert:
     kind: str
     size: int
     targets: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for target in self.targets:
+            check_regex(target, "peft.targets")
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`function(*args, **kwargs)` with the inserts in the modules it calls."""

@@ -178,6 +178,11 @@ class AutoregressiveHead(PretextHead):
         image = view["image"]
         grid = token_grid(backbone, image)
         rows, total = image.shape[0], math.prod(grid)
+        if total < 2:
+            raise UserError(
+                f"task 'autoregressive': a patch of {image.shape[1:4]} voxels is one token of {tuple(backbone.patch)}, "
+                "so there is no next one to predict; enlarge data.patch or lessen model.patch"
+            )
 
         def shuffled(key: Array) -> Array:
             return jnp.argsort(jax.random.uniform(jax.random.wrap_key_data(key), (total,)))

@@ -212,7 +212,7 @@ def divide(
     wanted = config.data.split
     own = cohort.splits or {}
     if wanted.file or wanted.column or wanted.folds or {"train", "val"} <= set(own):
-        splits = dataset.open_splits(cohort, config.data, config.seed)
+        splits = dataset.open_splits(cohort, config.data, config.seed, config.tasks)
         if "train" not in splits:
             raise UserError(
                 f"config: data.split gives cohort '{cohort.name}' no 'train' split; it gives {list(splits)}"
