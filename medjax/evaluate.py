@@ -24,6 +24,7 @@ from medjax.data.volume import voxel_volume_of
 from medjax.errors import UserError, write_atomic
 from medjax.logging import Progress, say
 from medjax.predict import Predictor, Run, output_files, read_ahead, read_case, write, write_table
+from medjax.tasks.common import moved
 
 
 def quick_scores(
@@ -113,10 +114,30 @@ def _evaluate(workdir: Path, config: ConfigDict) -> None:
             f"{workdir}: the run was trained on labels {dict(run.labels)}, "
             f"the cohort '{cohort.name}' has {dict(cohort.labels)}"
         )
+    for name, task in run.tasks.items():
+        check_classes(workdir, name, getattr(task, "names", ()), run.config.data, config.data)
     splits = dataset.open_splits(cohort, config.data, config.seed, config.tasks)
     gauge = measures.of_splits(config, run.tasks, splits, workdir, run.config.data)
     for name in splits_to_evaluate(config, splits):
         evaluate_split(run, name, splits[name], workdir / "eval" / name, gauge(splits[name]))
+
+
+def check_classes(
+    workdir: Path, task: str, names: Sequence[str], trained: Mapping[str, Any], data: Mapping[str, Any]
+) -> None:
+    """Raises UserError where the data to evaluate on number a task's classes in another order than the run.
+
+    Args:
+      names: of the task's classes. trained, data: `config.data` of the run, and of the evaluation.
+    """
+    known, given = dataset.class_orders(trained, task), dataset.class_orders(data, task)
+    for order, here in ((names, given[0]), (names, given[1]), (known[0], given[0]), (known[1], given[1])):
+        if swapped := moved(here, order):
+            raise UserError(
+                f"{workdir}: task '{task}' was trained on the order {tuple(order)}, the data to evaluate on have "
+                f"{here}: '{swapped[0]}' would be scored as another. Give data.classes.{task} (of a vector, "
+                f"data.targets.{task}) the run's order"
+            )
 
 
 def splits_to_evaluate(config: ConfigDict, splits: Mapping[str, Any]) -> list[str]:

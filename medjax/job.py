@@ -20,6 +20,7 @@ from medjax.errors import UserError
 from medjax.logging import Progress, say
 from medjax.models.model import Model, build_model, check_heads
 from medjax.tasks import confirm
+from medjax.tasks.common import moved
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,22 @@ def declare_targets(config: ConfigDict, cohort: cohorts.Cohort) -> None:
     """Writes what the cohort declares about targets into the tasks that do not say otherwise.
 
     Names of classes, and for the masks of an nnU-Net folder its regions and its ignore label.
+
+    Raises:
+      UserError: a task's names are those of the cohort's classes in another order.
     """
     by_value = {value: name for name, value in cohort.labels.items()}
     with config.unlocked(), config.ignore_type():
         for name, task in config.tasks.items():
             if "names" in task and not task.names and name in cohort.classes:
                 task.names = tuple(cohort.classes[name])
+            for declared in dataset.class_orders(config.data, name):
+                if swapped := moved(task.get("names", ()), declared):
+                    raise UserError(
+                        f"config: tasks.{name}.names={tuple(task.names)}: '{swapped[0]}' stands at another place than "
+                        f"in the data, which are numbered {declared} (data.classes, or the columns of data.targets): "
+                        "answers would get each other's names. Give both the same order, or leave the names out"
+                    )
             if task.type != "segmentation":
                 continue
             if cohort.regions and not task.regions:

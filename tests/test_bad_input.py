@@ -21,7 +21,9 @@ import numpy as np
 import pytest
 from tiny import write_cohort, write_recipe
 
-from medjax import errors, main
+from medjax import config as config_lib
+from medjax import errors, main, models, tasks
+from medjax import job as job_lib
 from medjax.checkpoint import Checkpoints
 from medjax.data import nifti
 from medjax.errors import UserError, run_program
@@ -377,6 +379,58 @@ def test_another_cohort_than_the_run_was_trained_on(place: Path, trained: Path, 
     assert str(trained) in said
     assert "shell" in said
     assert "rind" in said
+
+
+GRADES = "id,grade,a,b\ncase0,low,0,1\ncase1,high,1,0\ncase2,low,0,1\ncase3,high,1,0\n"
+
+
+def graded(place: Path, target: Any, classes: Any, **task: Any) -> None:
+    """Gives the cohort a table of grades, and the recipe a task 'grade' of them."""
+    (place / "cohort" / "grades.csv").write_text(GRADES)
+    recipe = place / "tiny.py"
+    lines = f"""
+    config.data.table, config.data.targets = "grades.csv", ConfigDict({{"grade": {target!r}}})
+    config.data.classes = ConfigDict({{{f"'grade': {classes!r}" if classes else ""}}})
+    config.tasks.grade = ConfigDict({task!r})
+    return config"""
+    recipe.write_text(recipe.read_text().replace("    return config", lines))
+
+
+@pytest.mark.parametrize(
+    ("target", "classes", "task"),
+    [
+        ("grade", ("high", "low"), {"type": "classification", "problem": "binary", "names": ("low", "high")}),
+        ("grade", ("high", "low"), {"type": "classification", "problem": "ordinal", "names": ("Low", "High")}),
+        ("grade", ("low", "high"), {"type": "classification", "names": ("none", "low", "high")}),
+        (("a", "b"), (), {"type": "classification", "problem": "multilabel", "names": ("b", "a")}),
+        (("a", "b"), (), {"type": "regression", "names": ("b", "a")}),
+        (("a", "b"), ("b", "a"), {"type": "regression", "names": ()}),
+        ("grade", ("high", "low"), {"type": "detection", "names": ("low", "high")}),
+        ("grade", ("high", "low"), {"type": "landmark", "names": ("low", "high")}),
+    ],
+)
+def test_names_in_another_order_than_the_data(place: Path, target: Any, classes: Any, task: Any, capsys: Any) -> None:
+    graded(place, target, classes, **task)
+    said = failure(place, capsys=capsys)
+    assert "tasks.grade.names=" in said
+    assert "stands at another place than in the data" in said
+
+
+@pytest.mark.parametrize(
+    ("target", "classes", "task"),
+    [
+        ("grade", ("low", "high"), {"type": "classification", "problem": "binary", "names": ("not high", "high")}),
+        ("grade", ("low", "high"), {"type": "classification", "names": ("benign", "malignant", "unsure")}),
+        ("grade", ("low", "high"), {"type": "regression", "names": ("how high",)}),
+        (("a", "b"), (), {"type": "regression", "names": ("first", "second")}),
+        (("a", "b"), ("first", "second"), {"type": "classification", "problem": "multilabel", "names": ()}),
+    ],
+)
+def test_names_of_another_wording_pass(place: Path, target: Any, classes: Any, task: Any) -> None:
+    graded(place, target, classes, **task)
+    options = {"model": models.options, "tasks": tasks.options}
+    config = config_lib.load(str(place / "tiny.py"), (), lambda room, kind: options[room](kind))
+    assert tuple(job_lib.open_job(config).tasks["grade"].names) == (task["names"] or classes)
 
 
 # ------------------------------------------------------------------------------------------------- no room on the disk

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from tiny import write_cohort
 
 from benchmarks import task_gradients
-from medjax import main, predict
+from medjax import evaluate, main, predict
 from medjax.errors import UserError
 
 RECIPE = """
@@ -111,6 +112,30 @@ def test_a_new_scan_gets_what_the_evaluation_gave(run: Path, tmp_path: Path) -> 
     for task in ("grade", "size", "spot"):
         alone = list(csv.DictReader((tmp_path / "out" / f"{task}.csv").open()))
         assert alone == [row for row in csv.DictReader((made / f"{task}.csv").open()) if row["case"] == "case7"]
+
+
+def test_classes_in_another_order_than_the_run_are_not_scored(run: Path) -> None:
+    text = (run.parent / "recipe.py").read_text()
+    turned = run.parent / "turned.py"
+    turned.write_text(text.replace('("low", "high")', '("high", "low")'))
+    with pytest.raises(UserError, match=r"task 'grade' was trained on the order \('low', 'high'\)"):
+        main.main([f"--config={turned}", f"--workdir={run}", "--mode=eval"])
+
+
+@pytest.mark.parametrize(
+    ("names", "trained", "data"),
+    [
+        (("low", "high"), {}, {"classes": {"t": ("high", "low")}}),
+        (("mild", "severe"), {"classes": {"t": ("low", "high")}}, {"classes": {"t": ("High", "Low")}}),
+        (("nodule", "effusion"), {}, {"targets": {"t": ("effusion", "nodule")}}),
+        ((), {"targets": {"t": ("a", "b")}, "classes": {"t": ("x", "y")}}, {"targets": {"t": ("b", "a")}}),
+    ],
+)
+def test_an_order_is_compared_with_names_and_with_the_runs_own(names: tuple, trained: Any, data: Any) -> None:
+    with pytest.raises(UserError, match="would be scored as another"):
+        evaluate.check_classes(Path("run"), "t", names, trained, data)
+    evaluate.check_classes(Path("run"), "t", names, trained, trained)
+    evaluate.check_classes(Path("run"), "t", names, trained, {"classes": {"t": ("no", "yes")}, "targets": {"t": "t"}})
 
 
 def test_which_task_drowns_the_others_can_be_asked(run: Path, capsys: pytest.CaptureFixture) -> None:

@@ -118,6 +118,15 @@ def _images(config: Mapping[str, Any]) -> dict[str, str]:
     return {modality: images[modality] for modality in order if modality in images}
 
 
+def class_orders(config: Mapping[str, Any], task: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What `data.classes` calls a task's classes, and which columns `data.targets` makes its vector of.
+
+    Both in the order of the target's values; empty where there is none.
+    """
+    classes, columns = config.get("classes", {}).get(task, ()), config.get("targets", {}).get(task, ())
+    return tuple(map(str, classes)), () if isinstance(columns, str) else tuple(map(str, columns))
+
+
 def open_splits(
     cohort: cohorts.Cohort,
     config: Mapping[str, Any],

@@ -122,6 +122,17 @@ def check_names(task: str, names: Sequence[str], least: int) -> None:
         )
 
 
+def moved(names: Sequence[str], declared: Sequence[str]) -> list[str]:
+    """Those of `names` that stand at another place in `declared`: answers would get each other's names.
+
+    Names of another wording ('no stroke' for 'no') say nothing; capitals do not count.
+    """
+    order = [str(name).casefold() for name in declared]
+    return [
+        name for i, name in enumerate(names) if (word := str(name).casefold()) in order and order[i : i + 1] != [word]
+    ]
+
+
 def first_metric(summary: Mapping[str, Any], *metrics: str) -> float | None:
     """The mean of the first of these metrics that is defined."""
     return next((m for name in metrics if (m := summary.get(name, {}).get("mean")) is not None), None)
