@@ -98,6 +98,24 @@ def test_surface_dice_of_a_mask_with_itself_and_its_tolerance():
     assert values[-1] == 1
 
 
+@pytest.mark.parametrize("boundary", ["surfel", "voxel"])
+def test_surface_dice_does_not_depend_on_how_a_header_rounds(boundary):
+    """Outlines one voxel of 1 mm apart, the voxel's size taken from oblique headers in float32."""
+    reference, smaller = (np.zeros((16, 16, 16), bool) for _ in range(2))
+    reference[3:13, 3:13, 3:13] = True
+    smaller[4:12, 4:12, 4:12] = True
+    expected = metrics.surface_dice(smaller, reference, (1, 1, 1), tolerance=1, boundary=boundary)
+    assert expected > 0.8
+    rng = np.random.default_rng(0)
+    turns = [np.linalg.qr(rng.normal(size=(3, 3)))[0].astype(np.float32) for _ in range(8)]
+    sizes = [np.linalg.norm(turn.astype(np.float64), axis=0) for turn in turns]
+    assert any((size > 1).any() for size in sizes)
+    for size in sizes:
+        found = metrics.surface_dice(smaller, reference, size.tolist(), tolerance=1, boundary=boundary)
+        assert found == pytest.approx(expected, abs=1e-5)
+    assert metrics.surface_dice(smaller, reference, (1, 1, 1), tolerance=0.999, boundary=boundary) < 0.5
+
+
 def test_surfel_area_of_one_voxel_is_an_octahedron():
     mask = np.zeros((3, 3, 3), bool)
     mask[1, 1, 1] = True
