@@ -15,10 +15,12 @@ the seeds' part unknown, and the report says so. The difference from the baselin
 both sides, and with the same seeds where both have the same; else the seeds of each are drawn for themselves.
 
 The test is Wilcoxon's signed-rank test over patients (two-sided, zeros by Pratt) of differences averaged over seeds
-and classes. Its p-values are corrected for the number of experiments compared with the baseline, metric by metric
-(Holm, Scand. J. Stat. 6, 1979). It is about these trained networks: whether other seeds would undo the difference is
-what the interval tells. A metric of the whole cohort (AUROC) has no value a case: its mean is over seeds, its interval
-Student's over seeds or, of a single seed, that of its evaluation; it has no test.
+and classes. A mask that one side leaves empty, as it should, has no Dice and does not count in a mean; where the other
+side invents something, which counts, the test takes it as the best value there is. The p-values are corrected for the
+number of experiments compared with the baseline, metric by metric (Holm, Scand. J. Stat. 6, 1979). The test is about
+these trained networks: whether other seeds would undo the difference is what the interval tells. A metric of the whole
+cohort (AUROC) has no value a case: its mean is over seeds, its interval Student's over seeds or, of a single seed, that
+of its evaluation; it has no test.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import csv
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,6 +57,17 @@ ELSEWHERE = (
     "eval.predictions",
 )
 _ASIDE = {"checkpoints", "eval", "tensorboard", "compare", "predictions"}
+# Metrics that are blank where a case has nothing to find and nothing was found, and their value where all is right.
+_BEST = {
+    "dice": 1.0,
+    "nsd": 1.0,
+    "cldice": 1.0,
+    "hd95": 0.0,
+    "assd": 0.0,
+    "lesion_dice": 1.0,
+    "lesion_f1": 1.0,
+    "lesion_hd95": 0.0,
+}
 _SHOWN = 3  # metrics of a task in the report; metrics.csv has all
 
 
@@ -348,7 +361,7 @@ def compare(
                     row["difference"] = row["mean"] - float(base.mean()[k])
                     row["difference_low"], row["difference_high"] = _interval(now - drawn[baseline][:, k])
                     if not name:
-                        row["p"] = wilcoxon(_over_classes(values.per_patient() - base.per_patient()))
+                        row["p"] = wilcoxon(differences(experiment, reference, task, metric, classes, patients))
                 found.append(row)
         tested = [row for row in found if "p" in row]
         for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
@@ -434,18 +447,43 @@ def _once(run: Result, task: str) -> bool:
     return len(set(seen)) == len(seen)
 
 
+def differences(
+    one: Experiment, other: Experiment, task: str, metric: str, classes: Sequence[str], patients: Sequence[str]
+) -> np.ndarray:
+    """What is tested, [patients]: one experiment's values minus the other's, means over cases, seeds and classes.
+
+    A case that counts in any run of either counts in all: where the metric is blank nothing was wrong (`_BEST`).
+    """
+    judged: set[tuple[str, str]] = set()
+    if metric in _BEST:
+        rows = (row for e in (one, other) for run in e.runs for row in run.rows)
+        judged = {(row["case"], row["class"]) for row in rows if row["task"] == task and row.get(metric)}
+    a, b = (values_of(e, task, metric, classes, patients, judged).per_patient() for e in (one, other))
+    return _over_classes(a - b)
+
+
 def values_of(
-    experiment: Experiment, task: str, metric: str, classes: Sequence[str], patients: Sequence[str]
+    experiment: Experiment,
+    task: str,
+    metric: str,
+    classes: Sequence[str],
+    patients: Sequence[str],
+    judged: Container[tuple[str, str]] = (),
 ) -> Values:
-    """A metric's sums and counts a patient, seed and class, over the folds."""
+    """A metric's sums and counts a patient, seed and class, over the folds.
+
+    Args:
+      judged: (case, class) that count with the best value where the metric is blank.
+    """
     shape = (len(patients), len(experiment.seeds), len(classes))
     sums, counts = np.zeros(shape), np.zeros(shape)
     place = [{name: i for i, name in enumerate(names)} for names in (patients, experiment.seeds, classes)]
     for run in experiment.runs:
         for row in run.rows:
-            if row["task"] == task and row.get(metric):
+            text = row.get(metric)
+            if row["task"] == task and (text or (row["case"], row["class"]) in judged):
                 at = (place[0][row["group"]], place[1][run.seed], place[2][row["class"]])
-                sums[at] += float(row[metric])
+                sums[at] += float(text) if text else _BEST[metric]
                 counts[at] += 1
     return Values(sums, counts)
 

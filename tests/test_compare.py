@@ -183,6 +183,39 @@ def test_differences_are_paired(tmp_path: Path) -> None:
     assert "difference" not in found["base", "dice", ""]
 
 
+def test_what_is_invented_is_tested(tmp_path: Path) -> None:
+    """A lesion in every other patient; one experiment invents one in the others, of which the right answer is blank."""
+
+    def right(case: int, name: str) -> float:
+        return math.nan if case % 2 else noisy(0.8, 1, 0.01)(case, name)
+
+    def inventive(case: int, name: str) -> float:
+        return 0.0 if case % 2 and name == "core" else right(case, name)
+
+    folders = [
+        write_run(tmp_path / name, score, name=name, cases=range(40), optim={"lr": lr})
+        for name, score, lr in (("base", right, 0.1), ("same", right, 0.2), ("new", inventive, 0.3))
+    ]
+    found = compared(folders)
+    row = found["new", "dice", ""]
+    assert row["difference"] == pytest.approx(-0.2, abs=0.01)  # of one of two classes, half of it
+    assert row["difference_high"] < 0
+    assert row["p"] < 1e-3
+    assert (found["same", "dice", ""]["p"], found["same", "dice", ""]["difference"]) == (1.0, 0.0)
+    # Who invents is the better side nowhere, whichever is the baseline.
+    turned = compared(folders, "new")
+    assert turned["base", "dice", ""]["p"] == row["p"]
+    runs = [compare.read_run(f, "test") for f in folders]
+    base, _, new = compare.group([r for r in runs if isinstance(r, compare.Result)])
+    patients = [f"p{i}" for i in range(40)]
+    for e, other, expected in ((new, base, -1.0), (base, new, 1.0)):
+        values = compare.differences(e, other, "t", "dice", CLASSES, patients)
+        assert values[1::2].tolist() == [expected] * 20
+        assert not values[::2].any()
+    # Blank on both sides is left out.
+    assert np.isnan(compare.differences(base, base, "t", "dice", CLASSES, patients)[1::2]).all()
+
+
 def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     """Seeds differ far more than the networks; the gain is found all the same, where both have the same seeds."""
 
