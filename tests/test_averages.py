@@ -22,6 +22,8 @@ from medjax.checkpoint import Checkpoints
 from medjax.errors import UserError
 from medjax.losses import weighting
 from medjax.models.model import tap
+from medjax.tasks.regression import Regression
+from medjax.tasks.segmentation import Segmentation
 
 # --------------------------------------------------------------------------------------------------------------- SWA
 
@@ -216,6 +218,27 @@ def test_gradnorm_refuses_a_task_with_a_pass_of_its_own(recipe: Path) -> None:
     kinds = {"a": SimpleNamespace(kind="dense", weight=1.0), "b": SimpleNamespace(kind="pretext", weight=1.0)}
     with pytest.raises(UserError, match="'b' makes a pass of its own"):
         balance.build(config, kinds, lambda _: 0.1)
+
+
+def test_uncertainty_refuses_losses_below_0(recipe: Path) -> None:
+    """exp(-s) L + s / 2 falls without end in s where L < 0."""
+
+    def build(rule: str, *tasks: Any) -> balance.Fixed:
+        named = {task.name: task for task in tasks}
+        return balance.build(plain(recipe, f"optim.balance={rule}"), named, lambda _: 0.1)
+
+    mask, edged = (Segmentation("mask", {"a": 1}, boundary=weight) for weight in (0.0, 0.1))
+    age, wide = (Regression("age", uncertainty=kind) for kind in ("gaussian", "quantiles"))
+    for tasks, words in (((mask, age), r"'age' may be negative \(uncertainty='gaussian'\)"),
+                         ((edged, wide), r"'mask' may be negative \(boundary=0.1\)")):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            build("uncertainty", *tasks)
+        assert type(build("fixed", *tasks)) is balance.Fixed
+    assert type(build("uncertainty", mask, wide)) is balance.Uncertainty
+    assert type(build("uncertainty", age)) is balance.Fixed  # of a single task every rule is
+    slope = jax.grad(lambda s: weighting.uncertainty_total(jnp.array([-1.0]), s, jnp.array([True])))
+    assert (slope(jnp.array([0.0])) > 0).all()
+    assert (slope(jnp.array([-5.0])) > 100).all()
 
 
 def test_gradnorm_refuses_gradients_that_are_of_no_task(recipe: Path) -> None:

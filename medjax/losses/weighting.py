@@ -59,7 +59,7 @@ def uncertainty_total(losses: Array, log_variances: Array, present: Array, weigh
     """Σ_t w_t (exp(-s_t) L_t + ½ s_t), homoscedastic uncertainty (Kendall, Gal & Cipolla 2018, arXiv:1705.07115).
 
     s = log σ² are the trained numbers, 0 at first: then the total is that of fixed weights. (The paper's ½ before the
-    loss of a regression is left to its weight.)
+    loss of a regression is left to its weight.) Where L_t < 0 this falls without end in s_t.
 
     Args:
         losses: `[T]`. log_variances: s, `[T]`. present: bool `[T]`.
