@@ -230,7 +230,7 @@ def test_every_kind_of_target() -> None:
             image=np.full((6, 6, 6, 1), number, np.float32),
             targets={"nodules": mask} if "nodules" in values else {},
             values={k: np.asarray(v) for k, v in values.items()},
-            geometry=SimpleNamespace(spacing=(1.0, 1.0, 1.0)),
+            geometry=SimpleNamespace(spacing=(1.0, 1.0, 1.0), affine=np.eye(4)),
             present=(True,),
         )
 

@@ -13,6 +13,8 @@ import optax
 import pytest
 from scipy.spatial.transform import Rotation
 
+from medjax.data.pipeline import Source
+from medjax.data.sampler import Sampler, cut
 from medjax.data.targets import instances
 from medjax.errors import UserError
 from medjax.ops import warp
@@ -373,6 +375,61 @@ def test_detection_learns_and_refuses():
 
 
 # ---------------------------------------------------------------------------------------------------------- landmarks
+
+
+def states_of(row, examples, patch, inside=False) -> tuple[list[int], np.ndarray, Source]:
+    """States of the finding in patches of its case, 40 voxels of 1 mm an axis; where they begin; the source.
+
+    inside: keeps the patches inside the volume.
+    """
+    rows, shape = np.array([row], np.float32), (40, 40, 40)
+    case = SimpleNamespace(
+        image=np.zeros((*shape, 1), np.float32),
+        targets={"t": instances(rows, np.eye(4), shape, "c")},
+        values={"t": rows},
+        geometry=SimpleNamespace(spacing=(1.0, 1.0, 1.0), affine=np.eye(4)),
+        present=(True,),
+    )
+    source, sampler = Source([case], ("t",)), Sampler(0, 1, 0.5)
+    points, overhang = source.centres(0), 0 * source.overhang[0] if inside else source.overhang[0]
+    starts = np.array([sampler.start(n, shape, patch, points, overhang) for n in range(examples)])
+    masks = np.stack([cut(case.targets["t"], start, patch) for start in starts])
+    return np.asarray(locate(masks, 1).state)[:, 0].tolist(), starts, source
+
+
+@pytest.mark.parametrize("patch", [(16, 16, 16), (16, 16, 40)])
+def test_what_touches_the_volumes_border_is_whole_in_some_patches(patch):
+    assert set(states_of([20, 20, 1.4, 4, 4, 4, 1], 200, patch, inside=True)[0]) <= {findings.CUT, findings.ABSENT}
+    state, starts, source = states_of([20, 20, 1.4, 4, 4, 4, 1], 200, patch)
+    assert source.overhang[0].tolist() == [[0, 0], [0, 0], [3, 0]]
+    assert state.count(findings.WHOLE) > 80  # of 100 that are centred on it
+    assert (starts.min(axis=0) >= (0, 0, -3)).all()
+    assert starts[:, 2].min() == -3
+    assert (starts.max(axis=0) <= 40 - np.array(patch)).all()
+    assert (states_of([20, 38.2, 20, 4, 4, 4, 1], 1, patch)[2].overhang[0] == [[0, 0], [0, 3], [0, 0]]).all()
+    assert states_of([20, 20, 1.4, 0, 0, 0, 1], 200, patch)[0].count(findings.WHOLE) > 80  # a point's ball
+
+
+def test_patches_of_other_cases_are_drawn_as_ever():
+    _, starts, source = states_of([20, 20, 3.2, 4, 4, 4, 1], 50, (16, 16, 16))
+    assert not source.overhang[0].any()
+    sampler = Sampler(0, 1, 0.5)
+    expected = [sampler.start(n, (40, 40, 40), (16, 16, 16), source.centres(0)) for n in range(50)]
+    np.testing.assert_array_equal(starts, expected)
+    assert (starts >= 0).all()
+
+
+def test_a_cut_landmark_is_unknown():
+    """What is left of its ball has another centre."""
+    centres = [-1.0, 0.0, 1.0, 3.0, 8.0, -4.0]
+    mask = np.zeros((6, *S), np.uint16)
+    for i, z in enumerate(centres):
+        mask[i][sum((g - c) ** 2 for g, c in zip(np.indices(S), (12, 10, z), strict=True)) <= 4] = 1
+    table = np.tile(np.array([0, 0, 0, 0, 0, 0, 2], np.float32), (6, 1, 1))
+    found = POINTS.prepare(jax.random.key(0), {"t/target": jnp.asarray(mask), "t/table": jnp.asarray(table)})
+    assert found["t/state"].tolist() == [[-1, state, -1] for state in (-1, -1, -1, 1, 1, 0)]
+    np.testing.assert_allclose(found["t/centre"][3:5, 1], [[12, 10, 3], [12, 10, 8]], atol=1e-5)
+
 
 POINTS = Landmark("t", ("left", "right", "apex"), sigma=2.0, tolerance=2.0)
 

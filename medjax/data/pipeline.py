@@ -22,6 +22,7 @@ import numpy as np
 
 from medjax.data.cases import Case, nearest
 from medjax.data.sampler import Key, Sampler, bucket_of, cut, foreground_points
+from medjax.data.targets import touching
 from medjax.errors import UserError, warn_once
 
 Row = dict[str, np.ndarray]
@@ -38,6 +39,8 @@ class Source:
       points: of each case, the voxels int [n, 3] a patch may be centred on, by class. Findings are of one class, 1.
       dtypes: type of each mask task's target in a batch.
       values: task -> shape and type of what is no mask in a row; findings have as many rows as the case with most.
+      overhang: of each case, how far its patches may hang over the volume, int [3, 2]: 0 but where a finding touches
+        the first or last plane. A patch that ends there cuts the finding, and one that is cut is not learnt from.
     """
 
     cases: Sequence[Any]
@@ -46,6 +49,7 @@ class Source:
     points: Sequence[Mapping[Key, Sequence[Any]]] = field(init=False)
     dtypes: Mapping[str, np.dtype] = field(init=False)
     values: Mapping[str, tuple[tuple[int, ...], np.dtype]] = field(init=False)
+    overhang: Sequence[np.ndarray] = field(init=False)
 
     def __post_init__(self) -> None:
         values: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
@@ -62,6 +66,15 @@ class Source:
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "dtypes", dtypes)
         object.__setattr__(self, "points", [self._points(case) for case in self.cases])
+        object.__setattr__(self, "overhang", [self._overhang(case) for case in self.cases])
+
+    def _overhang(self, case: Any) -> np.ndarray:
+        out = np.zeros((3, 2), np.int64)
+        for task, (shape, _) in self.values.items():
+            rows = _values(case).get(task)
+            if rows is not None and len(shape) == 2:
+                out[touching(rows, case.geometry.affine, case.image.shape)] = _OVERHANG
+        return out
 
     def _points(self, case: Any) -> dict[Key, list[Any]]:
         out: dict[Key, list[Any]] = {}
@@ -110,6 +123,7 @@ class Source:
 
 
 _NOTHING = np.zeros((0, 0, 0), np.uint8)
+_OVERHANG = 3  # voxels: one makes what touches the border whole, and it may be turned and stretched a little
 
 
 def _values(case: Any) -> Mapping[str, np.ndarray]:
@@ -261,7 +275,8 @@ def train_batches(
         example = (first_step + step) * batch_size + process * local + number
         case, key = sampler.draw(example)
         size = shapes[sampler.bucket(example)] if sampler.buckets else shapes[0]
-        start = sampler.start(example, source.cases[case].image.shape[:3], size, source.centres(case, key))
+        shape, points = source.cases[case].image.shape[:3], source.centres(case, key)
+        start = sampler.start(example, shape, size, points, source.overhang[case])
         return case, start, size, example, True
 
     return _run(source, place, None, shapes, local, workers)

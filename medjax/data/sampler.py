@@ -190,7 +190,12 @@ class Sampler:
         return int(_foreground_offset(self.seed) * _ONE)
 
     def start(
-        self, example: int, shape: Sequence[int], patch: Sequence[int], points: Iterable[Sequence[Any]]
+        self,
+        example: int,
+        shape: Sequence[int],
+        patch: Sequence[int],
+        points: Iterable[Sequence[Any]],
+        overhang: Any = 0,
     ) -> np.ndarray:
         """First voxel of example's patch, int [3]; negative where the patch is larger than the volume (it is padded).
 
@@ -198,15 +203,18 @@ class Sampler:
           shape: of the prepared volume.
           points: the voxels int [n, 3] that a patch may be centred on, class by class (arrays, or what can be indexed
             like them): each class is as likely as another, and so is each voxel of it.
+          overhang: how many voxels the patch may begin before the volume and end behind it, int [3, 2].
         """
         rng = generator(self.seed, _PATCH, example)
         room = np.asarray(shape) - np.asarray(patch)
-        low, high = np.minimum(0, room // 2), np.maximum(room, room // 2)
+        before, behind = np.broadcast_to(overhang, (3, 2)).T
+        low = np.minimum(np.minimum(0, room // 2), -before)
+        high = np.maximum(np.maximum(room, room // 2), room + behind)
         draw = rng.random(3)
         if self.is_foreground(example) and (present := [p for p in points if len(p)]):
             voxels = present[rng.integers(len(present))]
             pick = int(rng.integers(len(voxels)))
-            # Centred on the voxel, moved back inside the volume as far as needed.
+            # Centred on the voxel, moved back inside the volume (and its overhang) as far as needed.
             first = np.asarray(voxels[pick : pick + 1])[0] - np.asarray(patch) // 2
             return np.clip(first, low, high)
         return (low + np.floor(draw * (high - low + 1))).astype(np.int64)

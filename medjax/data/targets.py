@@ -225,6 +225,21 @@ def instances(rows: np.ndarray, affine: np.ndarray, shape: Sequence[int], name: 
     return out
 
 
+def touching(rows: np.ndarray, affine: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Whether any of the findings, as `instances` draws them, reaches the grid's first and last plane: bool [3, 2].
+
+    Args:
+      rows: [M, >= 6], from `findings_array`. affine, shape: of the prepared grid.
+    """
+    centers, last = np.asarray(rows[:, :3], np.float64), np.asarray(shape[:3]) - 1.0
+    # An ellipsoid along the world's axes reaches so far along the grid's.
+    spans = np.sqrt(np.square(rows[:, 3:6] / 2.0) @ np.square(np.linalg.inv(np.asarray(affine)[:3, :3])).T)
+    spans[(rows[:, 3:6] <= 0).any(axis=1)] = _POINT
+    low, high = (f(centers + sign * spans, np.rint(centers)) for sign, f in ((-1, np.minimum), (1, np.maximum)))
+    here = ((high >= 0) & (low <= last)).all(axis=1, keepdims=True)
+    return np.stack([((low <= 0) & here).any(axis=0), ((high >= last) & here).any(axis=0)], axis=1)
+
+
 def _to_points(part: np.ndarray, low: np.ndarray, rows: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Squared distances, in voxels, from the voxels of an instance mask's part to the point that each is of; elsewhere
     infinite. low: of the part's first voxel."""

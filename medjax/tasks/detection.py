@@ -217,8 +217,8 @@ class Detection(Defaults):
         if cut:
             warn_once(
                 f"task '{self.name}': {len(cut)} of {count} findings reach more than a voxel beyond their volume (the "
-                f"first: {cut[0]}). What is outside is not seen, and training does not seek what a patch's border "
-                "cuts; check their sizes, which are full extents in mm, and the cropping"
+                f"first: {cut[0]}). What is outside is not seen, and training takes them for as large as what is "
+                "inside; check their sizes, which are full extents in mm, and the cropping"
             )
 
     def _check_attribute(self, name: str, kind: Any, values: np.ndarray) -> None:

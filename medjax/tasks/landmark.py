@@ -105,14 +105,15 @@ class Landmark(Defaults):
     def prepare(self, key: Array, batch: dict[str, Array]) -> dict[str, Array]:
         """Adds the landmarks' places in the patch, `<task>/centre` f32[B, L, 3] (voxels), and `<task>/state` i32[B, L].
 
-        The state is -1 where the landmark is unknown in the case, 0 where it lies outside the patch, 1 inside.
+        The state is -1 where the landmark is unknown in the case, or cut by the patch's border, for the centre of what
+        is left of it is another; 0 where it lies outside the patch, 1 inside.
         """
         table = batch[f"{self.name}/table"]
         found = findings.locate(batch[f"{self.name}/target"], table.shape[1])
         own = table[..., LABEL, None] == jnp.arange(1, self.outputs + 1)  # [B, M, L]
         centre = jnp.einsum("bml,bma->bla", own.astype(jnp.float32), found.centre, precision="highest")
-        inside = (own & (found.state != findings.ABSENT)[..., None]).any(axis=1)
-        state = jnp.where(own.any(axis=1), inside.astype(jnp.int32), -1)
+        whole, cut = ((own & (found.state == state)[..., None]).any(axis=1) for state in (findings.WHOLE, findings.CUT))
+        state = jnp.where(own.any(axis=1) & ~cut, whole.astype(jnp.int32), -1)
         return {**batch, f"{self.name}/centre": centre, f"{self.name}/state": state}
 
     def loss(self, outputs: Sequence[Array], batch: Mapping[str, Array]) -> Array:
