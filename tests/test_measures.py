@@ -476,6 +476,73 @@ def test_a_structure_that_is_missed_never_improves_a_mean(run: Path, tmp_path: P
     assert found["diagnosis"]["confusion"]["well"] == {"none": 1, "well": 2}
 
 
+def bound(formulas: dict[str, str], frames: dict[str, str]) -> Any:
+    """Measures of the masks A (1) and B (2) of task 't'."""
+    config = {"task": "", "frames": frames, "formulas": formulas, "report": ()}
+    config |= {"diagnosis": {"column": "", "measures": (), "shrinkage": 0.8}}
+    built = tasks.build({"t": {"type": "segmentation"}}, {"A": 1, "B": 2})
+    return measures.build(config, {"group": "patient", "id": "id"}, built)
+
+
+def mask_of(a: int, b: int) -> np.ndarray:
+    mask = np.zeros((8, 8, 8), np.uint8)
+    mask.reshape(-1)[: a + b] = np.repeat([1, 2], [a, b])
+    return mask
+
+
+def test_a_missed_structure_is_no_better_than_any_that_was_found(tmp_path: Path, capsys: Any) -> None:
+    """Of equal volumes the logarithm of the ratio is near 0; without one of them there is none."""
+    cases = [a_case(f"p{i}", f"p{i}") for i in range(5)]
+    volumes = {"p0": 60, "p1": 80, "p2": 102, "p3": 125, "p4": 165}
+    measured = bound({"ratio": "log(volume(A) / volume(B))"}, {})
+    gauge = measures.Gauge(measured, cases)
+    for name, a in volumes.items():
+        gauge.reference("t", name, mask_of(a, 100), (1, 1, 1))
+        gauge.predicted("t", name, mask_of(0 if name == "p2" else a, 100), (1, 1, 1))
+    summary = gauge.finish(tmp_path, "test", pictures=False)
+    rows = {r["patient"]: r for r in rows_of(tmp_path / "measures.csv")}
+    assert rows["p2"]["predicted"] == ""
+    known = [math.log(a / 100) for a in volumes.values()]
+    worst = max(abs(v - math.log(1.02)) for v in known)
+    assert abs(float(rows["p2"]["difference"])) == pytest.approx(worst, rel=1e-4)
+    assert summary["measures"]["ratio"]["mae"]["value"] == pytest.approx(worst / 5, rel=1e-4)
+    assert summary["measures"]["ratio"]["undefined"] == 1
+    measures.say_summary(summary, tmp_path)
+    assert "1 of 5 undefined, counted as far off as any reference or 0" in capsys.readouterr().out
+
+
+def test_a_patients_column_may_stand_in_any_frames_row(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    ed, es = a_case("x", "p", phase="ED", Height="170"), a_case("y", "p", phase="ES", Height="")
+    measured = bound(
+        {"index": "volume(A, ED) / bsa(attribute(Height), 70)", "es": "volume(A, ES)"},
+        {"ED": "phase=ED", "ES": "phase=ES"},
+    )
+
+    def gauged(cases: list[Case], seen: list[Case]) -> Any:
+        gauge = measures.Gauge(measured, cases)
+        for case in seen:
+            gauge.predicted("t", case.id, mask_of(100, 1), (10, 10, 10))
+        return gauge
+
+    expected = 100 / math.sqrt(170 * 70 / 3600)
+    for order in ([ed, es], [es, ed]):
+        assert gauged(order, order).table()["p"]["index"] == pytest.approx(expected)
+        # Whichever process has which frame.
+        parts = [gauged(order, [case]) for case in order]
+        held = [(gauge._found, gauge._seen) for gauge in parts]
+        with monkeypatch.context() as patch:
+            patch.setattr(measures.processes, "count", lambda: 2)
+            patch.setattr(measures.processes, "gather", lambda name, value, held=held: held)
+            parts[0].gather("val")
+        assert parts[0].table()["p"]["index"] == pytest.approx(expected)
+    other = a_case("y", "p", phase="ES", Height="165")
+    capsys.readouterr()
+    assert math.isnan(gauged([ed, other], [ed, other]).table()["p"]["index"])
+    assert "column 'Height' is 170 (case x) and 165 (case y): measures that need it" in capsys.readouterr().err
+    same = a_case("y", "p", phase="ES", Height="170.0")
+    assert gauged([ed, same], [ed, same]).table()["p"]["index"] == pytest.approx(expected)
+
+
 def test_what_several_processes_measured_is_put_together(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, cases, _ = gauge_of(run)
     parts = [gauge_of(run)[0] for _ in range(2)]

@@ -100,19 +100,26 @@ class Measures:
                 "(data.exclude)"
             ) from None
 
-    def attributes(self, case: cohorts.Case) -> dict[Any, float]:
-        """The numbers that formulas take from the columns of a patient; what is absent is noted and left out."""
+    def attributes(self, patient: Mapping[str, cohorts.Case]) -> dict[Any, float]:
+        """The numbers that formulas take from the columns of a patient, in the row of any frame.
+
+        What is absent, or another number in another frame's row, is noted and left out.
+        """
         found = {}
         for call in self.formulas.calls:
-            if call.function == "attribute":
-                text = case.attributes.get(call.names[0], "")
-                try:
-                    found[call] = float(text)
-                except ValueError:
-                    what = f"'{text}', which is no number" if text else "empty"
-                    warn_once(
-                        f"case {case.id}: column '{call.names[0]}' is {what}: measures that need it are undefined"
-                    )
+            if call.function != "attribute":
+                continue
+            said = {c.id: text for c in patient.values() if (text := c.attributes.get(call.names[0], ""))}
+            numbers = {number: id for id, text in said.items() if (number := _number_in(text)) is not None}
+            if len(numbers) == 1:
+                (found[call],) = numbers
+                continue
+            text = next(iter(said.values()), "")
+            what = f"'{text}', which is no number" if text else "empty"
+            if numbers:
+                what = " and ".join(f"{number:g} (case {id})" for number, id in numbers.items())
+            cases = ", ".join(case.id for case in patient.values())
+            warn_once(f"case {cases}: column '{call.names[0]}' is {what}: measures that need it are undefined")
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -192,6 +199,14 @@ def check(config: Mapping[str, Any], data: Mapping[str, Any], tasks: Mapping[str
             )
 
 
+def _number_in(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
 def _class(patient: str, of: frames.Patient, column: str) -> str:
     found = {case.attributes.get(column, "") for case in of.values()}
     if len(found) != 1 or not (name := found.pop()):
@@ -259,7 +274,7 @@ class Gauge:
         if not (m := self._measures) or task != m.task.name or case not in self._frame:
             return
         patient, frame = self._frame[case]
-        of = self._found[kind].setdefault(patient, m.attributes(self._patients[patient][frame]))
+        of = self._found[kind].setdefault(patient, m.attributes(self._patients[patient]))
         calls = m.formulas.calls
         try:
             m.check_slices(case, frame, spacing)
@@ -311,8 +326,9 @@ class Gauge:
     def finish(self, folder: Path, title: str, *, pictures: bool = True) -> dict[str, Any]:
         """Writes the split's measures beside the reference's, draws them, and sums them up.
 
-        What is undefined in a prediction and not in the reference counts as 0 there, as of a structure that was missed
-        and not as of a patient who was not there. Measures that the reference does not define do not count.
+        What is undefined in a prediction and not in the reference counts as that one of 0 and the cohort's references
+        which is farthest from the truth, so that to miss a structure is no better than to find it anyhow. Measures that
+        the reference does not define do not count.
 
         Returns:
           The summary's entries 'measures' and 'diagnosis'; none where nothing was measured.
@@ -322,10 +338,11 @@ class Gauge:
             return {}
         rows: list[dict[str, Any]] = []
         lines: list[dict[str, Any]] = []
+        known = {key: [0.0, *(v for of in reference.values() if not np.isnan(v := of[key]))] for key in m.texts}
         for name, values in predicted.items():
             for key, a in values.items():
-                b = reference.get(name, {}).get(key, math.nan)
-                counted, missed = (0.0, 1) if np.isnan(a) else (a, 0)
+                b, missed = reference.get(name, {}).get(key, math.nan), int(np.isnan(a))
+                counted = _farthest(known[key], b) if missed else a
                 both = {"reference": b, "predicted": a, "difference": counted - b}
                 lines.append({"patient": name, "measure": key, **both})
                 if not np.isnan(b):
@@ -386,6 +403,10 @@ class Gauge:
         }
 
 
+def _farthest(values: Sequence[float], truth: float) -> float:
+    return max(values, key=lambda value: abs(value - truth))
+
+
 def fit(
     measures: Measures, cases: Sequence[cohorts.Case], workers: int = 0
 ) -> tuple[diagnosis.Diagnosis, dict[str, Any]]:
@@ -406,7 +427,8 @@ def fit(
     found = dataset.each(lambda c: measures.of_case(c, frame_of[c.id]), [case for case, _ in listed], workers, None)
     values: dict[str, dict[Any, Value]] = {}
     for (case, _), one in zip(listed, found, strict=True):
-        values.setdefault(case.group if measures.frames else case.id, measures.attributes(case)).update(one)
+        name = case.group if measures.frames else case.id
+        values.setdefault(name, measures.attributes(labelled[name])).update(one)
     rows = [measures.formulas(values[name]) for name in labelled]
     truths = [_class(name, of, measures.column) for name, of in labelled.items()]
 
@@ -581,7 +603,8 @@ def say_summary(summary: Mapping[str, Any], folder: Path) -> None:
     for name, of in measures.items():
         low, high = of["limit_low"]["value"], of["limit_high"]["value"]
         limits = "-" if low is None or high is None else f"{low:.2f} .. {high:.2f}"
-        missed = f"  ({of['undefined']} of {of['n']} undefined, counted as 0)" if of["undefined"] else ""
+        how = "undefined, counted as far off as any reference or 0"
+        missed = f"  ({of['undefined']} of {of['n']} {how})" if of["undefined"] else ""
         say(f"  {name:{width}}  {_number(of['mae'])}  {_plain(of['bias']['value'])}  {limits}{missed}")
     if of := summary.get("diagnosis"):
         checked = of.get("cross_validation")
