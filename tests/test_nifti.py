@@ -223,8 +223,9 @@ def test_header_that_promises_terabytes_is_refused_at_once(tmp_path):
         blob[40:56] = struct.pack("<8h", 3, 30000, 30000, 30000, 1, 1, 1, 1)
         path = tmp_path / f"b{suffix}"
         path.write_bytes(gzip.compress(bytes(blob)) if suffix.endswith("gz") else bytes(blob))
-        with pytest.raises(UserError, match="promises 54000000000000 bytes"):
-            nifti.read(path)
+        for function in (nifti.read, nifti.read_grid):
+            with pytest.raises(UserError, match="promises 54000000000000 bytes"):
+                function(path)
 
 
 @pytest.mark.parametrize("offset", [1e30, np.nan, -5.0, 400.5, 0.0])  # 0: the header itself would be taken for voxels
@@ -357,13 +358,52 @@ def test_a_sheared_grid_says_by_how_much_volumes_are_off(tmp_path):
     assert np.prod(volume.spacing) / np.linalg.det(affine[:3, :3]) == pytest.approx(1.0642, abs=1e-4)
 
 
-def test_singular_sform(tmp_path):
+@pytest.mark.parametrize("function", [nifti.read, nifti.read_grid])
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ((1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 1, 0), "the affine is singular"),
+        ((0,) * 12, "the voxel spacing along x, y, z is 0"),
+        ((np.nan,) * 12, "the affine has values that are not finite"),
+    ],
+)
+def test_singular_sform(tmp_path, rows, words, function):
     path = save(tmp_path / "a.nii", voxels())
     blob = bytearray(path.read_bytes())
-    blob[280:328] = struct.pack("<12f", 1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 1, 0)
+    blob[280:328] = struct.pack("<12f", *rows)
     path.write_bytes(blob)
-    with pytest.raises(UserError, match=r"a\.nii: the affine is singular"):
-        nifti.read(path)
+    with pytest.raises(UserError, match=rf"a\.nii: {words}"):
+        function(path)
+
+
+@pytest.mark.parametrize("signs", [(1, 1, 1), (-1, -1, 1)])
+def test_an_identity_that_pixdim_contradicts_is_refused(tmp_path, signs):
+    image = nib.Nifti1Image(voxels(), np.diag([*signs, 1.0]))
+    image.header.set_zooms((0.5, 0.5, 3))
+    nib.save(image, tmp_path / "a.nii")
+    for function in (nifti.read, nifti.read_grid):
+        with pytest.raises(UserError, match=r"a\.nii: .*voxels of 1 x 1 x 1 mm, .* pixdim says 0\.5 x 0\.5 x 3; "):
+            function(tmp_path / "a.nii")
+
+
+def test_an_sform_of_another_size_than_pixdim_is_told(tmp_path):
+    image = nib.Nifti1Image(voxels(), np.diag([2, 3, 4, 1.0]))
+    edges = np.array(image.header.get_zooms())
+    image.header.set_zooms(edges * (1, 1, 2))
+    nib.save(image, tmp_path / "a.nii")
+    volume = nifti.read(tmp_path / "a.nii")
+    np.testing.assert_allclose(volume.spacing, edges, rtol=1e-6)
+    (note,) = volume.notes
+    assert note.startswith("the sform makes voxels of 2 x 3 x 4 mm, pixdim says 2 x 3 x 8; the sform is used")
+    # What agrees, or nearly, is worth no line; nor is a qform's pixdim, which is compared as a whole.
+    nib.save(nib.Nifti1Image(voxels(), np.diag([2, 3, 4, 1.0])), tmp_path / "b.nii")
+    image.header.set_zooms(edges * (1, 1, 1.004))
+    nib.save(image, tmp_path / "c.nii")
+    assert nifti.read(tmp_path / "b.nii").notes == nifti.read(tmp_path / "c.nii").notes == ()
+    image.set_qform(np.diag([1, 2, 3, 1.0]), 1)
+    nib.save(image, tmp_path / "d.nii")
+    (note,) = nifti.read(tmp_path / "d.nii").notes
+    assert note.startswith("qform and sform disagree")
 
 
 def test_unreadable_file_is_a_user_error(tmp_path, monkeypatch):

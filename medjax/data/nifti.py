@@ -29,7 +29,7 @@ from nibabel.nifti1 import Nifti1Header, Nifti1PairHeader
 from nibabel.nifti2 import Nifti2Header, Nifti2PairHeader
 from nibabel.spatialimages import HeaderDataError
 
-from medjax.data.volume import Volume, check_same_grid, corner_distance, count_nonfinite, shear
+from medjax.data.volume import Volume, check_affine, check_same_grid, corner_distance, count_nonfinite, shear
 from medjax.errors import UserError, warn_once
 
 try:  # the same stream and the same checks at twice the speed, where it is installed
@@ -48,6 +48,7 @@ _MAX_DEFLATE_RATIO = 1032  # the DEFLATE format cannot expand a byte further (zl
 _LAST_XFORM_CODE = 5  # of the qform and the sform: NIFTI_XFORM_TEMPLATE_OTHER
 _EDGES = (5e-3, 100.0)  # mm that a voxel's edge may have where the header names another unit, mostly by mistake
 _QFORM_TOLERANCE = 0.05  # voxels that qform and sform may differ by before it is worth a line
+_PIXDIM_TOLERANCE = 0.01  # share of an edge that pixdim and sform may differ by: some programs round one of them
 
 _REFUSED_DTYPES = {
     1: "1-bit voxels",
@@ -122,9 +123,11 @@ def read_grid(path: str | os.PathLike[str]) -> tuple[tuple[int, ...], np.ndarray
     """Shape (3 or 4 numbers) and affine [4, 4] from the header alone; raises as `read` does, but sees no voxels."""
     path = Path(path)
     with _Source(path) as source:
-        shape = _checked_shape(source.header, path)
-        _checked_dtype(source.header, path)
+        shape, stored = _checked_shape(source.header, path), _checked_dtype(source.header, path)
+        _scaling(source.header, path)
+        _promised(source.image, shape, stored, path)
         affine = _affine(source.header, path)
+    check_affine(affine, str(path))
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     return shape, affine
@@ -213,7 +216,7 @@ def _report(note: str, path: Path) -> None:
     """Reports a note for the first file that has it: a cohort of a thousand alike files gets one line."""
     if (kind := re.sub(r"[-+]?\d[\d.e+-]*", "#", note)) not in _reported:
         _reported.add(kind)
-        warn_once(f"{path}: {note} (other files with this are not listed)")
+        warn_once(f"{path}: {note} (other files with this are not listed; python -m medjax.data.inspect names them)")
 
 
 # ---------------------------------------------------------------------------------------------------------- streams
@@ -505,6 +508,8 @@ def _parse(block: bytes, size: int, order: str, paired: bool, path: Path) -> tup
                 "spacing in the header, or export the file again."
             )
         notes.append("a voxel spacing in the header (pixdim) is 0; the sform has it and is used")
+    else:
+        notes.extend(_sizes(header, path))
     if (np.asarray(header["pixdim"][1:4], np.float64) < 0).any() and int(header["sform_code"]) <= 0:
         notes.append(
             "a voxel spacing in the header (pixdim) is negative; it is taken as positive, which the standard asks for, "
@@ -521,6 +526,33 @@ def _parse(block: bytes, size: int, order: str, paired: bool, path: Path) -> tup
     except (HeaderDataError, ValueError, KeyError) as error:
         raise UserError(f"{path}: damaged header ({error}). Copy the file again, or export it anew.") from None
     return header, notes
+
+
+def _sizes(header: Any, path: Path) -> Iterator[str]:
+    """A note where the sform makes voxels of another size than pixdim, before nibabel corrects that.
+
+    Raises UserError where it is an identity besides: it then is what programs write that know no better, and nobody can
+    tell which of the two sizes is the scanner's.
+    """
+    # A qform is pixdim turned: it is compared with the sform as a whole.
+    if int(header["sform_code"]) <= 0 or int(header["qform_code"]) > 0:
+        return
+    axes = np.abs(np.array([header[f"srow_{axis}"][:3] for axis in "xyz"], np.float64))
+    edges = np.sqrt((axes**2).sum(axis=0))
+    pixdim = np.abs(np.asarray(header["pixdim"][1:4], np.float64))
+    if not np.isfinite([edges, pixdim]).all() or (np.abs(edges - pixdim) <= _PIXDIM_TOLERANCE * pixdim).all():
+        return
+    made, said = (" x ".join(f"{edge:.4g}" for edge in sizes) for sizes in (edges, pixdim))
+    if (np.minimum(axes, np.abs(axes - 1)) < 1e-6).all() and (np.abs(edges - 1) < 1e-6).all():
+        raise UserError(
+            f"{path}: the header contradicts itself: its sform is an identity, voxels of {made} mm, and pixdim says "
+            f"{said}; every length and volume depends on which is right. Write the true spacing and orientation into "
+            "the sform (into pixdim, if the sform is right)."
+        )
+    yield (
+        f"the sform makes voxels of {made} mm, pixdim says {said}; the sform is used. If it is not the scanner's, "
+        "every length and volume is wrong: correct the header"
+    )
 
 
 def _checked_shape(header: Any, path: Path) -> tuple[int, ...]:
@@ -617,11 +649,7 @@ def _geometry_notes(header: Any, affine: np.ndarray, shape: tuple[int, ...]) -> 
 
 def _read_voxels(stream: _Stream, shape: tuple[int, ...], stored: np.dtype, path: Path) -> np.ndarray:
     """The voxels as one line in file order, native byte order, with the stream verified to its end."""
-    expected = stored.itemsize
-    for n in shape:
-        expected *= n
-    if expected > stream.capacity():
-        raise UserError(_short(path, shape, expected, None))
+    expected = _promised(stream, shape, stored, path)
     try:
         raw = np.empty(expected, np.uint8)
     except MemoryError:
@@ -638,6 +666,14 @@ def _read_voxels(stream: _Stream, shape: tuple[int, ...], stored: np.dtype, path
     if not stored.isnative:
         values = values.byteswap(inplace=True).view(stored.newbyteorder("="))
     return values.astype(np.float64) if values.dtype.itemsize > 8 else values
+
+
+def _promised(stream: _Stream, shape: tuple[int, ...], stored: np.dtype, path: Path) -> int:
+    """Bytes of the voxels; UserError where the stream cannot hold as many."""
+    expected = math.prod(shape) * stored.itemsize
+    if expected > stream.capacity():
+        raise UserError(_short(path, shape, expected, None))
+    return expected
 
 
 def _short(path: Path, shape: tuple[int, ...], expected: int, got: int | None) -> str:
