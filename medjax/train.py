@@ -397,7 +397,7 @@ def say_skipped(skipped: Sequence[Problem], left: int, workdir: Path) -> None:
     write_table(rows, workdir / "skipped.csv")
     say(f"skipped     {len(rows)} of {len(rows) + left} cases ({workdir / 'skipped.csv'}):")
     for row in rows:
-        say(f"  {row['case']}: {row['reason']}")
+        say(f"  {row['case']}: {row['reason']}" if row["case"] else f"  {row['reason']}")
 
 
 def say_report(config: ConfigDict, mesh: Mesh, job: Job, state: State, compiled: report.Compiled, first: int) -> None:

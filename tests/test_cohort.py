@@ -13,6 +13,7 @@ import pytest
 
 from medjax.data import cohort as cohorts
 from medjax.data.cohort import Case, Cohort, content_hash, from_manifest, from_msd, load_images, split
+from medjax.data.tables import load_rows
 from medjax.errors import UserError
 
 
@@ -152,6 +153,13 @@ def test_what_spreadsheets_make_of_a_table(tmp_path):
     (tmp_path / "cases.csv").write_text(text, encoding="utf-16")
     with pytest.raises(UserError, match="cannot be read as UTF-8 text .* Save it as UTF-8"):
         from_manifest(tmp_path / "cases.csv", {"T1": "t1"})
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", ",,,\n", ";;\n;;\n"])
+def test_an_empty_table(tmp_path, text):
+    (tmp_path / "cases.csv").write_text(text)
+    with pytest.raises(UserError, match=r"cases\.csv: empty\. Give a header line and one line a case"):
+        load_rows(tmp_path / "cases.csv")
 
 
 def test_json_manifest(tmp_path):

@@ -631,6 +631,74 @@ def test_a_tolerant_reader_tells_everything_and_keeps_what_is_good(tmp_path):
     assert {problem.case for problem in intake.problems} == {"b", "c", "d", "e", ""}
 
 
+def test_findings_beside_a_missing_file(tmp_path):
+    cell = '"[{""center"": [1, 2, 3], ""texture"": 5}]"'
+    touch(tmp_path, "a.nii.gz")
+    path = write(tmp_path / "cases.csv", f"id,t1,y\na,a.nii.gz,{cell}\nb,gone.nii.gz,{cell}\n")
+    intake = Intake(tolerant=True)
+    cohort = from_manifest(path, {"T1": "t1"}, {"y": "y"}, intake=intake)
+    assert [(case.id, len(case.targets["y"])) for case in cohort.cases] == [("a", 1)]
+    assert [problem.case for problem in intake.problems] == ["b"]
+
+
+def test_cases_used_without_a_target_are_not_among_the_skipped(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("medjax.errors._said", set())
+    for seed, name in enumerate("abcd"):
+        image(tmp_path / f"{name}.nii.gz", seed)
+    image(tmp_path / "a_mask.nii.gz")
+    write(tmp_path / "cases.csv", "id,t1,m\na,a.nii.gz,a_mask.nii.gz\nb,b.nii.gz,b_mask.nii.gz\nc,c.nii.gz,\n"
+          "d,gone.nii.gz,\n")  # fmt: skip
+    keys = {"images": {"T1": "t1"}, "targets": {"m": "m"}, "skip_unreadable": True}
+    cohort = opened(tmp_path / "cases.csv", **keys)
+    assert {case.id: set(case.targets) for case in cohort.cases} == {"a": {"m"}, "b": set(), "c": set()}
+    assert ([problem.case for problem in cohort.skipped], cohort.left_out) == (["d"], {"d"})
+    said = capsys.readouterr().err
+    assert "used without a target that should be there:\n  b: " in said
+    assert "b_mask.nii.gz: no such file" in said
+    write(tmp_path / "split.csv", "id,split\na,train\nb,train\nc,val\nd,val\n")
+    parts = split(cohort, {"file": "split.csv"}, check_content=False)
+    assert {name: [case.id for case in cases] for name, cases in parts.items()} == {"train": ["a", "b"], "val": ["c"]}
+
+
+def test_what_two_files_claim_is_nobodys(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("medjax.errors._said", set())
+    files = ("s1_t1", "s2_t1", "s3_t1", "s1_A_seg", "s1_B_seg", "s2_A_seg", "s9_A_seg", "s9_B_seg")
+    for seed, name in enumerate(files):
+        image(tmp_path / f"{name}.nii.gz", seed)
+    keys = {"images": {"T1": "{case}_t1.nii.gz"}, "targets": {"seg": "{case}_*_seg.nii.gz"}, "id": "case-{case}"}
+    with pytest.raises(UserError, match=r"s1_B_seg\.nii\.gz.*finds this and .*s1_A_seg\.nii\.gz for one case \(s1\)"):
+        opened(tmp_path, **keys)
+    # Who is left out on purpose may have what they like.
+    assert {c.id for c in opened(tmp_path, exclude=("case-s1",), **keys).cases} == {"case-s2", "case-s3"}
+    assert "1 masks of task 'seg' belong to no image" in capsys.readouterr().err  # of s9
+    lenient = opened(tmp_path, skip_unreadable=True, **keys)
+    assert {c.id: len(c.targets) for c in lenient.cases} == {"case-s1": 0, "case-s2": 1, "case-s3": 0}
+    assert (lenient.skipped, lenient.left_out) == ((), frozenset())
+    assert "without a target that should be there:\n  case-s1: " in capsys.readouterr().err
+    # Of two images neither is the case's.
+    names = ("more/p_1_t1", "more/p_2_t1", "more/q_1_t1")
+    p1, p2, _ = (image(tmp_path / f"{name}.nii.gz", 10 + seed) for seed, name in enumerate(names))
+    lenient = opened(tmp_path, skip_unreadable=True, images={"T1": "more/{case}_*_t1.nii.gz"})
+    assert ([c.id for c in lenient.cases], lenient.left_out) == (["q"], {"p"})
+    ((said, case),) = ((problem.message, problem.case) for problem in lenient.skipped)
+    assert case == "p"
+    assert said.startswith(f"{p2}: ")
+    assert f"finds this and {p1} for one case" in said
+
+
+def test_two_bids_files_are_nobodys(tmp_path):
+    touch(bids(tmp_path), "sub-02/ses-1/anat/sub-02_ses-1_run-2_T1w.nii.gz",
+          "derivatives/other/sub-01/ses-1/anat/sub-01_ses-1_desc-lesion_mask.nii.gz")  # fmt: skip
+    intake = Intake(tolerant=True)
+    cohort = readers.from_bids(tmp_path, {"T1": "T1w"}, {"lesion": "desc-lesion_mask"}, {"lesion": 1}, intake=intake)
+    assert {case.id: len(case.targets) for case in cohort.cases} == {"sub-01_ses-1": 0, "sub-01_ses-2": 0}
+    assert {problem.case for problem in intake.problems if problem.severity == "error"} == {
+        "sub-01_ses-1",
+        "sub-02_ses-1",
+    }
+    assert cohort.left_out == {"sub-02_ses-1"}
+
+
 def test_rows_keep_json_lists(tmp_path):
     path = write(tmp_path / "x.json", [{"a": [1, 2], "b": None, "c": {"d": 1}, "e": 2.5}])
     assert load_rows(path)[0][1] == {"a": "[1, 2]", "b": "", "c": '{"d": 1}', "e": "2.5"}

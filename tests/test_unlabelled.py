@@ -19,6 +19,7 @@ from medjax.data import cohort as cohorts
 from medjax.data import dataset
 from medjax.data.unlabelled import usable
 from medjax.errors import UserError
+from medjax.train import say_skipped
 
 RNG = np.random.default_rng(0)
 SPEC = {"spacing": None}
@@ -57,6 +58,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "bad_truncated.nii.gz").write_bytes(whole[: len(whole) // 2])
     (root / "bad_text.nii.gz").write_bytes(gzip.compress(b"not a volume"))
     (root / "bad_empty.nii").write_bytes(b"")
+    header = bytearray(save(root / "bad_sform.nii", noise(20, 20, 20)).read_bytes())
+    header[280:328] = bytes(48)
+    (root / "bad_sform.nii").write_bytes(header)
     (root / ".hidden.nii.gz").write_bytes(b"")
     (root / "notes.txt").write_text("no image")
     return root
@@ -80,12 +84,20 @@ def test_links_to_folders_are_followed_once(folder: Path, tmp_path: Path) -> Non
     assert found == {"own", *(f"site_{case.id}" for case in cohorts.from_files(folder).cases)}
 
 
-def test_two_files_of_one_id_are_refused(tmp_path: Path) -> None:
+def test_two_files_of_one_id_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a/b_c.nii.gz", "a_b/c.nii.gz"):
         (tmp_path / name).parent.mkdir()
         save(tmp_path / name, noise(4, 4, 4))
     with pytest.raises(UserError, match=r"a_b/c\.nii\.gz: .*a/b_c\.nii\.gz makes the same id, 'a_b_c'"):
         cohorts.from_files(tmp_path)
+    intake = cohorts.Intake(tolerant=True)
+    cohort = usable(cohorts.from_files(tmp_path, intake=intake), SPEC, intake.problems)
+    assert [(case.id, case.images["image"].name) for case in cohort.cases] == [("a_b_c", "b_c.nii.gz")]
+    assert [(problem.case, problem.file) for problem in cohort.skipped] == [("", str(tmp_path / "a_b" / "c.nii.gz"))]
+    assert "a_b_c" not in cohort.left_out
+    capsys.readouterr()
+    say_skipped(cohort.skipped, len(cohort.cases), tmp_path)
+    assert f"\n  {tmp_path / 'a_b' / 'c.nii.gz'}: " in capsys.readouterr().out
 
 
 def test_what_cannot_be_used_is_listed(folder: Path) -> None:
@@ -102,6 +114,7 @@ def test_what_cannot_be_used_is_listed(folder: Path) -> None:
         "bad_truncated": "bad_truncated",
         "bad_text": "bad_text",
         "bad_empty": "empty",
+        "bad_sform": "voxels have no size",
         "twin_b": "same voxels as case twin_a",
     }.items():
         assert word in reasons.pop(case), case
@@ -149,9 +162,9 @@ def test_pretraining_on_a_folder(folder: Path, tmp_path: Path, capsys: pytest.Ca
     more = ["--config.data.split.file=", "--config.train.total=2 steps", "--config.train.eval_every=2 steps"]
     main.main([f"--config={recipe(tmp_path / 'r.py', folder)}", f"--workdir={run}", *options, *more])
     rows = list(csv.DictReader((run / "skipped.csv").open()))
-    assert len(rows) == 10
+    assert len(rows) == 11
     assert all(row["reason"] for row in rows)
-    assert "skipped     10 of 18 cases" in capsys.readouterr().out
+    assert "skipped     11 of 19 cases" in capsys.readouterr().out
     summary = json.loads((run / "eval" / "val" / "summary.json").read_text())
     assert summary["n_cases"] == 2
 
@@ -163,7 +176,7 @@ def test_more_volumes_beside_a_cohort(folder: Path, tmp_path: Path) -> None:
     options = [f"--config.data.extra={config_of}", "--config.data.skip_unreadable=true"]
     more = ["--config.train.total=2 steps", "--config.train.eval_every=2 steps"]
     main.main([f"--config={recipe(tmp_path / 'r.py', cohort)}", f"--workdir={run}", *options, *more])
-    assert len(list(csv.DictReader((run / "skipped.csv").open()))) == 10
+    assert len(list(csv.DictReader((run / "skipped.csv").open()))) == 11
     # The cohort's own split, to which the folder's volumes are added for training.
     assert json.loads((run / "eval" / "val" / "summary.json").read_text())["n_cases"] == 1
 
@@ -203,7 +216,7 @@ def test_extra_volumes_are_skipped_and_left_out_as_others_are(tmp_path: Path) ->
     found = opened(cohort, skip_unreadable=True, exclude=("extra_b", "extra_case0", "case1"), **extra)
     assert [case.id for case in found.cases] == ["case0"]
     assert [case.id for case in found.extra] == ["extra_a", "extra_c"]
-    assert [(problem.case, "makes the same id" in problem.message) for problem in found.skipped] == [("extra_a", True)]
+    assert [(problem.case, "makes the same id" in problem.message) for problem in found.skipped] == [("", True)]
     for name, words in (("extra_d", "scans has no case or patient 'd'"), ("d", "has no case or patient 'd'")):
         with pytest.raises(UserError, match=words):
             opened(cohort, skip_unreadable=True, exclude=(name,), **extra)

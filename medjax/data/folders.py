@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,9 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _WILD = re.compile(r"(\{[^{}]*\}|\*)")
 # BIDS entities that a file name carries before its suffix: 'sub-01_ses-1_acq-high_T1w'.
 _ENTITY = re.compile(r"([a-zA-Z]+)-([a-zA-Z0-9+]+)")
+
+_Twice = dict[tuple[str, ...], tuple[str, Path]]
+"""What two files lie at, of which none is taken -> what is wrong, and the second of them."""
 
 
 # ----------------------------------------------------------------------------------------------------------- folders
@@ -52,7 +55,8 @@ def from_folder(
         its own patient.
       table: joined on its columns that are named as fields; without such columns on ids or patients.
       allow_missing: True lets a case lack modalities.
-      intake: what to do about cases that cannot be used.
+      intake: what to do about cases that cannot be used: one with two files for a modality is left out, one with two
+        masks for a task goes without.
 
     Returns:
       The cohort, cases in order of their file names; the fields are attributes too.
@@ -72,8 +76,12 @@ def from_folder(
                 f"(at least one); {first.key} has {', '.join(first.fields) or 'none'}"
             )
     fields = first.fields
-    found = {modality: pattern.find(root, fields, intake) for modality, pattern in patterns.items()}
+    found: dict[str, dict[tuple[str, ...], Path]] = {}
+    twice: dict[str, _Twice] = {}
+    for modality, pattern in patterns.items():
+        found[modality], twice[modality] = pattern.find(root, fields)
     masks: dict[str, tuple[_Pattern, dict[tuple[str, ...], Path]]] = {}
+    unclear: dict[str, _Twice] = {}
     columns: dict[str, str | Sequence[str]] = {}
     for task, spec in (targets or {}).items():
         if isinstance(spec, str) and FIELD.search(spec):
@@ -82,17 +90,21 @@ def from_folder(
                 raise UserError(
                     f"config: {pattern.key}={spec!r}: no image has the field {strange[0]!r}; write '*' for it"
                 )
-            masks[task] = pattern, pattern.find(root, pattern.fields, intake)
+            matched, unclear[task] = pattern.find(root, pattern.fields)
+            masks[task] = pattern, matched
         else:
             columns[task] = spec
     _tell_apart(root, patterns, found, masks, intake)
     template = Template("data.id", id, fields) if id else None
     cases, values_of = [], {}
-    for key in sorted({key for files in found.values() for key in files}):
+    keys = sorted({key for modality in images for key in (*found[modality], *twice[modality])})
+    for key in keys:
         values = dict(zip(fields, key, strict=True))
         case_id = template.fill(values) if template else "_".join(key)
         patient = patient_of(case_id, values, group if group and FIELD.search(group) else None)
         if not intake.wants(case_id, patient):
+            continue
+        if any(_refused(both, key, case_id, intake) for both in twice.values()):
             continue
         files = {modality: matched[key] for modality, matched in found.items() if key in matched}
         if (absent := [m for m in images if m not in files]) and not allow_missing:
@@ -108,14 +120,15 @@ def from_folder(
             part = tuple(values[name] for name in pattern.fields)
             if part in matched:
                 own[task] = matched[part]
+            _refused(unclear[task], part, case_id, intake)
         values_of[case_id] = values
         cases.append(Case(case_id, patient, files, own, values))
     if not cases:
         raise UserError(f"{root}: no case is complete")
     for task, (pattern, matched) in masks.items():
         places = [fields.index(name) for name in pattern.fields]
-        used = {tuple(key[place] for place in places) for files in found.values() for key in files}
-        _remark_loose(root, task, [file for part, file in matched.items() if part not in used], intake)
+        used = {tuple(key[place] for place in places) for key in keys}
+        _remark_loose(root, task, matched, unclear[task], used, intake)
     cohort = Cohort(root.resolve().name, root, tuple(images), check_labels(root, labels), tuple(cases))
     check_unique(root, cohort.cases)
     table = replace(table or Table(), targets=columns)
@@ -152,8 +165,8 @@ def from_files(
                 continue
             path = Path(folder) / name
             id = "_".join((*path.relative_to(root).parts[:-1], stem(path)))
-            if id in found:
-                intake.refuse(f"{path}: {found[id]} makes the same id, {id!r}. Rename one.", id, path)
+            if id in found:  # about no case: the one of this id is read
+                intake.refuse(f"{path}: {found[id]} makes the same id, {id!r}. Rename one.", file=path)
                 continue
             found[id] = path
     cases = []
@@ -166,8 +179,26 @@ def from_files(
     return complete(root, Cohort(root.resolve().name, root, (modality,), {}, tuple(cases)), intake)
 
 
-def _remark_loose(root: Path, task: str, loose: Sequence[Path], intake: Intake) -> None:
-    if loose:
+def _refused(twice: _Twice, key: tuple[str, ...], id: str, intake: Intake) -> bool:
+    """Whether two files lie at `key`, which case `id` then is refused for."""
+    if key not in twice:
+        return False
+    message, file = twice[key]
+    intake.refuse(message, id, file)
+    return True
+
+
+def _remark_loose(
+    root: Path,
+    task: str,
+    matched: Mapping[tuple[str, ...], Path],
+    twice: _Twice,
+    used: Collection[tuple[str, ...]],
+    intake: Intake,
+) -> None:
+    """Says which masks lie at none of the places `used` by images."""
+    every = {**matched, **{key: file for key, (_, file) in twice.items()}}
+    if loose := [file for key, file in every.items() if key not in used]:
         intake.remark(f"{root}: {len(loose)} masks of task {task!r} belong to no image (such as {loose[0]})")
 
 
@@ -248,22 +279,22 @@ class _Pattern:
         seen.add(name)
         return f"(?P<{name}>[^/]+?)"
 
-    def find(self, root: Path, fields: Sequence[str], intake: Intake) -> dict[tuple[str, ...], Path]:
-        """Values of the fields, in that order, -> file."""
+    def find(self, root: Path, fields: Sequence[str]) -> tuple[dict[tuple[str, ...], Path], _Twice]:
+        """Values of the fields, in that order, -> file; and those of several files, which are not chosen between."""
         if not root.is_dir():
             raise UserError(f"{root}: no such folder. Correct the path.")
         found: dict[tuple[str, ...], Path] = {}
+        twice: _Twice = {}
         for relative in sorted(self._walk(root, "", 0)):
             if not (match := self._whole.fullmatch(relative)):
                 continue
             key = tuple(match[name] for name in fields)
             if key in found:
-                intake.refuse(
+                message = (
                     f"{root / relative}: {self.key}={self.text!r} finds this and {found[key]} for one case "
-                    f"({', '.join(key)}). Write the pattern so that it finds one.",
-                    "_".join(key),
-                    root / relative,
+                    f"({', '.join(key)}). Write the pattern so that it finds one."
                 )
+                twice.setdefault(key, (message, root / relative))
                 continue
             found[key] = root / relative
         if not found:
@@ -271,7 +302,7 @@ class _Pattern:
             raise UserError(
                 f"{root}: {self.key}={self.text!r} finds no file. There are: {', '.join(there) or 'no NIfTI files'}."
             )
-        return found
+        return {key: file for key, file in found.items() if key not in twice}, twice
 
     def _walk(self, folder: Path, before: str, depth: int) -> Iterator[str]:
         last = depth == len(self._parts) - 1
@@ -354,12 +385,14 @@ def from_bids(
     present = ", ".join(f"{suffix} ({n})" for suffix, n in sorted(raw.items())) or "none"
     if not images:
         raise UserError(f"{root}: name the modalities, such as data.images={{'T1': 'T1w'}}. Its images are: {present}")
-    found: dict[str, dict[tuple[str, str], Path]] = {}
+    found: dict[str, dict[tuple[str, ...], Path]] = {}
+    twice: dict[str, _Twice] = {}
     for modality, spec in images.items():
-        found[modality] = _bids_find(root, files, f"data.images.{modality}", str(spec), False, intake)
-        if not found[modality]:
+        found[modality], twice[modality] = _bids_find(root, files, f"data.images.{modality}", str(spec), False)
+        if not found[modality] and not twice[modality]:
             raise UserError(f"{root}: data.images.{modality}={spec!r} finds no file. Its images are: {present}")
-    masks: dict[str, dict[tuple[str, str], Path]] = {}
+    masks: dict[str, dict[tuple[str, ...], Path]] = {}
+    unclear: dict[str, _Twice] = {}
     columns: dict[str, str | Sequence[str]] = {}
     participants = root / "participants.tsv"
     rows = _bids_rows(participants) if participants.exists() else []
@@ -368,8 +401,8 @@ def from_bids(
         if not isinstance(target, str) or target in in_tables or is_findings_table(target):
             columns[task] = target
             continue
-        masks[task] = _bids_find(root, files, f"data.targets.{task}", target, True, intake)
-        if not masks[task]:
+        masks[task], unclear[task] = _bids_find(root, files, f"data.targets.{task}", target, True)
+        if not masks[task] and not unclear[task]:
             other = sorted({f.name for f in files if f.derived})
             raise UserError(
                 f"{root}: data.targets.{task}={target!r} is neither a column of participants.tsv"
@@ -378,11 +411,14 @@ def from_bids(
             )
     templated = bool(group and FIELD.search(group))
     cases, values_of = [], {}
-    for sub, ses in sorted({key for matched in found.values() for key in matched}):
+    places = {key for modality in images for key in (*found[modality], *twice[modality])}
+    for sub, ses in sorted(places):
         case_id = f"sub-{sub}" + (f"_ses-{ses}" if ses else "")
         values = {"sub": sub, **({"ses": ses} if ses else {})}
         patient = patient_of(case_id, values, group) if templated else f"sub-{sub}"
         if not intake.wants(case_id, patient):
+            continue
+        if any(_refused(both, (sub, ses), case_id, intake) for both in twice.values()):
             continue
         own_images = {modality: matched[sub, ses] for modality, matched in found.items() if (sub, ses) in matched}
         if (absent := [m for m in images if m not in own_images]) and not allow_missing:
@@ -393,13 +429,14 @@ def from_bids(
             )
             continue
         own: dict[str, Target] = {task: matched[sub, ses] for task, matched in masks.items() if (sub, ses) in matched}
+        for both in unclear.values():
+            _refused(both, (sub, ses), case_id, intake)
         cases.append(Case(case_id, patient, own_images, own, values))
         values_of[case_id] = {"participant_id": f"sub-{sub}"} | ({"session_id": f"ses-{ses}"} if ses else {}) | values
     if not cases:
         raise UserError(f"{root}: no case is complete")
-    places = {key for matched in found.values() for key in matched}
     for task, matched in masks.items():
-        _remark_loose(root, task, [file for key, file in matched.items() if key not in places], intake)
+        _remark_loose(root, task, matched, unclear[task], places, intake)
     name = str((load_json(root / "dataset_description.json") or {}).get("Name", root.resolve().name))
     cohort = Cohort(name, root, tuple(images), check_labels(root, labels), tuple(cases))
     extra = table.path if table else ""
@@ -434,9 +471,12 @@ def _bids_files(root: Path) -> Iterator[_BidsFile]:
 
 
 def _bids_find(
-    root: Path, files: Iterable[_BidsFile], key: str, spec: str, everywhere: bool, intake: Intake
-) -> dict[tuple[str, str], Path]:
-    """(subject, session or '') -> the file that a spec such as 'derivatives/x/desc-lesion_mask' names."""
+    root: Path, files: Iterable[_BidsFile], key: str, spec: str, everywhere: bool
+) -> tuple[dict[tuple[str, ...], Path], _Twice]:
+    """(subject, session or '') -> the file that a spec such as 'derivatives/x/desc-lesion_mask' names.
+
+    And those of several files, which are not chosen between.
+    """
     folder, _, tail = spec.removesuffix(".gz").removesuffix(".nii").rpartition("/")
     *parts, suffix = tail.split("_")
     entities = {}
@@ -444,7 +484,8 @@ def _bids_find(
         if not (match := _ENTITY.fullmatch(part)):
             raise UserError(f"config: {key}={spec!r}: {part!r} is no BIDS entity such as 'desc-lesion'")
         entities[match[1]] = match[2]
-    found: dict[tuple[str, str], Path] = {}
+    found: dict[tuple[str, ...], Path] = {}
+    twice: _Twice = {}
     for file in files:
         inside = f"{file.path.relative_to(root).as_posix()}".startswith(f"{folder.strip('/')}/") if folder else (
             everywhere or not file.derived
@@ -453,15 +494,14 @@ def _bids_find(
             continue
         place = file.entities["sub"], file.entities.get("ses", "")
         if place in found:
-            intake.refuse(
+            message = (
                 f"{file.path}: {key}={spec!r} finds this and {found[place]} for one case. Add the entity that tells "
-                "them apart (such as 'run-1_' or 'acq-high_'), or the folder before it.",
-                f"sub-{place[0]}" + (f"_ses-{place[1]}" if place[1] else ""),
-                file.path,
+                "them apart (such as 'run-1_' or 'acq-high_'), or the folder before it."
             )
+            twice.setdefault(place, (message, file.path))
             continue
         found[place] = file.path
-    return found
+    return {place: path for place, path in found.items() if place not in twice}, twice
 
 
 def _bids_rows(path: Path) -> Rows:

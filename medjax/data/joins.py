@@ -215,7 +215,7 @@ def complete(where: Path, cohort: Cohort, intake: Intake) -> Cohort:
     gone = {file for _, file in absent}
     if gone:
         cases = tuple(
-            replace(case, targets={t: v for t, v in case.targets.items() if v not in gone})
+            replace(case, targets={t: v for t, v in case.targets.items() if not (isinstance(v, Path) and v in gone)})
             for case in cases
             if not gone.intersection(case.images.values())
         )

@@ -80,6 +80,8 @@ def load_rows(path: Path) -> Rows:
         raise UserError(
             f"{path}: line {reader.line_num}: {error}. Correct the line; long lists fit into JSON."
         ) from None
+    if not lines:  # separators alone
+        raise UserError(f"{path}: empty. Give a header line and one line a case.")
     header = [cell.strip() for cell in lines[0][1]]
     # Spreadsheets write columns that were emptied as commas at the end.
     while header and not header[-1] and all(len(c) == len(header) and not c[-1].strip() for _, c in lines):

@@ -15,11 +15,12 @@ from medjax.data.cases import Case, Cohort, Intake, Problem, nearest
 from medjax.data.cohort import content_hash
 from medjax.data.folders import from_files
 from medjax.data.joins import check_unique
-from medjax.errors import UserError
+from medjax.errors import UserError, warn_once
 from medjax.logging import Progress
 from medjax.ops.native.cpus import usable_cpus
 
 EXTRA = "extra_"  # how ids and patients of added volumes begin
+_LISTED = 10  # offenders a message names before it only counts
 
 
 class NothingLeft(UserError):
@@ -56,13 +57,15 @@ def with_extra(cohort: Cohort, folder: str, modality: str, allow_missing: bool, 
     own = intake.rest()
     found = from_files(Path(folder).expanduser(), modality, intake=own)
     extra = tuple(replace(case, id=EXTRA + case.id, group=EXTRA + case.group) for case in found.cases)
-    intake.problems += [replace(problem, case=EXTRA + problem.case) for problem in own.problems]
+    intake.problems += [replace(p, case=p.case and EXTRA + p.case) for p in own.problems]
     check_unique(found.root, (*cohort.cases, *extra))
     return replace(cohort, extra=extra)
 
 
 def usable(cohort: Cohort, spec: Mapping[str, Any], known: Sequence[Problem] = (), workers: int = 0) -> Cohort:
     """The cohort without the cases that cannot be read and prepared, which `Cohort.skipped` tells of.
+
+    What the reader could not use of a case that is left, a target, is said once.
 
     Left out: what is 2-D, a single slice, 4-D, in colour, constant, damaged or otherwise refused by the readers, and
     what holds the voxels of a case before it. Every file is read; a process reads it once.
@@ -81,7 +84,7 @@ def usable(cohort: Cohort, spec: Mapping[str, Any], known: Sequence[Problem] = (
     plain |= {"spacing": None, "normalize": {m: "none" if k == "ct" else k for m, k in table.items()}}
     preprocess.check_spec(plain, cohort.modalities)
     text = json.dumps(plain)
-    skipped = [problem for problem in known if problem.severity == "error"]
+    skipped: list[Problem] = []
     kept: set[str] = set()
     seen: dict[str, Case] = {}
     progress = Progress("checking files", len(cases))
@@ -98,13 +101,19 @@ def usable(cohort: Cohort, spec: Mapping[str, Any], known: Sequence[Problem] = (
             kept.add(case.id)
             seen |= dict.fromkeys(digests, case)
     progress.close()
+    before = [problem for problem in known if problem.severity == "error"]
+    skipped = [problem for problem in before if problem.case not in kept] + skipped
     left = tuple(case for case in cohort.cases if case.id in kept)
     if not left:
-        listed = "".join(f"\n  {problem.message}" for problem in skipped[:10])
+        listed = "".join(f"\n  {problem.message}" for problem in skipped[:_LISTED])
         message = f"{cohort.root}: no case is left that can be used; {len(skipped)} were skipped:{listed}"
         raise NothingLeft(message, skipped)
     splits = cohort.splits and {name: tuple(id for id in ids if id in kept) for name, ids in cohort.splits.items()}
     gone = frozenset(problem.case for problem in skipped)
+    if without := [problem for problem in before if problem.case in kept]:
+        listed = "".join(f"\n  {problem.case}: {problem.message}" for problem in without[:_LISTED])
+        more = f"\n  and {len(without) - _LISTED} more" if len(without) > _LISTED else ""
+        warn_once(f"{cohort.root}: cases that are used without a target that should be there:{listed}{more}")
     extra = tuple(case for case in cohort.extra if case.id in kept)
     if cohort.extra and not extra:
         raise NothingLeft(
