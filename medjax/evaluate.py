@@ -23,7 +23,7 @@ from medjax.data import dataset, nifti, preprocess
 from medjax.data.volume import voxel_volume_of
 from medjax.errors import UserError, write_atomic
 from medjax.logging import Progress, say
-from medjax.predict import Predictor, Run, output_files, read_ahead, read_case, write, write_table
+from medjax.predict import Predictor, Run, output_files, read_ahead, read_case, table_rows, write, write_table
 from medjax.tasks.common import moved
 
 
@@ -173,7 +173,7 @@ def evaluate_split(
         for name, task in run.tasks.items():
             decoded = task.decode(probabilities[name], prepared.geometry)
             if task.kind != "dense":
-                tables[name] += [{"case": case.id, **row} for row in task.table(decoded)]
+                tables[name] += table_rows(task, case.id, decoded)
             elif options.predictions:
                 write(task, decoded, like, outputs[case.id][name])
             if name not in case.targets:

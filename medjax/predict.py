@@ -197,6 +197,11 @@ def write(task: Any, decoded: np.ndarray, like: Any, path: Path) -> None:
     nifti.write(path, task.paint(decoded) if task.paintable else decoded.astype(np.uint8), like)
 
 
+def table_rows(task: Any, case: str, decoded: Any) -> list[dict[str, Any]]:
+    """Rows of a case in the table of a task; a case in which nothing was found has one with its id alone."""
+    return [{"case": case, **row} for row in task.table(decoded) or [{}]]
+
+
 def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Rows as CSV; the columns are all keys in order of appearance, what is not finite or absent is left empty."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -228,17 +233,19 @@ def find_inputs(
     Raises:
       UserError: there is no such path, or no NIfTI file in the folder.
     """
-    if not path.exists():
+    try:
+        there, folder = path.exists(), path.is_dir()
+        found = [f for f in path.iterdir() if _INPUT.search(f.name) and not f.name.startswith("._")] if folder else []
+        files = sorted(f for f in found if f.is_file()) if folder else [path]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}. Correct --input, or its permissions.") from None
+    if not there:
         raise UserError(f"{path}: no such file or folder. Correct --input.")
-    files = [path]
-    if path.is_dir():
-        found = (f for f in path.iterdir() if _INPUT.search(f.name) and not f.name.startswith("._"))
-        files = sorted(f for f in found if f.is_file())
-        if not files:
-            raise UserError(
-                f"{path}: holds no NIfTI file (.nii, .nii.gz, .hdr) to predict. Correct --input; folders inside it are "
-                "not searched."
-            )
+    if not files:
+        raise UserError(
+            f"{path}: holds no NIfTI file (.nii, .nii.gz, .hdr) to predict. Correct --input; folders inside it are "
+            "not searched."
+        )
     names = {stem(file).lower() for file in files}
     suffixes = {f"_{m.lower()}": m for m in modalities} | {f"_{i:04d}": m for i, m in enumerate(modalities)}
     claims: dict[str, dict[str, list[Path]]] = {}
@@ -359,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     if task.kind == "dense":
                         write(task, decoded, like, outputs[case.id][task_name])
                     else:
-                        tables[task_name] += [{"case": case.id, **row} for row in task.table(decoded)]
+                        tables[task_name] += table_rows(task, case.id, decoded)
                 done += 1
             progress.update(number, case.id)
         progress.close()

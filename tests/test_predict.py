@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
+import gzip
 import itertools
 import re
+import struct
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -429,15 +432,69 @@ def test_one_bad_file_stops_no_other(untrained: Path, tmp_path: Path, capsys: An
     nan[3, 3, 3] = np.nan
     write_scan(source / "nan.nii.gz", nan)
     write_scan(source / "flat.nii.gz", np.full((16, 16, 16), 7.0, np.float32))
+    header = bytearray(write_scan(source / "nan_sform.nii", scan()).read_bytes())
+    header[280:328] = struct.pack("<12f", *[np.nan] * 12)
+    (source / "nan_sform.nii").write_bytes(header)
+    header[280:328] = bytes(48)
+    (source / "zero_sform.nii.gz").write_bytes(gzip.compress(bytes(header)))
+    header = bytearray(write_scan(source / "huge.nii", scan()).read_bytes())
+    header[42:48] = struct.pack("<3h", 30000, 30000, 30000)  # would make the program's shapes as large
+    (source / "huge.nii").write_bytes(header)
     said = refused(untrained, source, tmp_path / "out", capsys=capsys)
-    assert "5 of 7 case(s) were not predicted" in said
-    for name in ("cut.nii.gz", "crc.nii.gz", "text.nii", "nan.nii.gz", "flat.nii.gz"):
+    assert "8 of 10 case(s) were not predicted" in said
+    for name in ("cut.nii.gz", "crc.nii.gz", "text.nii", "nan.nii.gz", "flat.nii.gz", "nan_sform.nii",
+                 "zero_sform.nii.gz", "huge.nii"):  # fmt: skip
         assert said.count(f"{source / name}") == 1, name
     assert "good" not in said
     assert files_in(tmp_path / "out") == {"good1.nii.gz", "good2.nii.gz"}
     # And these two are what they are without the bad ones.
     run_predict(untrained, source / "good1.nii.gz", tmp_path / "alone")
     assert (tmp_path / "alone" / "good1.nii.gz").read_bytes() == (tmp_path / "out" / "good1.nii.gz").read_bytes()
+
+
+def test_what_was_looked_at_is_told_from_what_was_not(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    """A scan without findings has a row with its id alone; one that is refused has none, and stops no other."""
+
+    def heat(self: predict.Predictor, params: Any, image: np.ndarray) -> dict[str, np.ndarray]:
+        found = np.zeros((*image.shape[:3], 7), np.float32)
+        found[2, 2, 2, 0], found[..., 4:] = 0.9 * (image.shape[0] == 4), 6.0
+        return {"nodules": found}
+
+    monkeypatch.setattr(predict.Predictor, "__call__", heat)
+    job = {"nodules": {"type": "detection", "names": ("nodule",)}}
+    run = make_run(tmp_path / "run", job, labels={}, spacing=(4.0, 4.0, 4.0), normalize="zscore_nonzero")
+    source = tmp_path / "in"
+    write_scan(source / "empty.nii.gz", scan((12, 12, 12)))
+    write_scan(source / "found.nii.gz", scan((8, 12, 12)))
+    hot = np.zeros((16, 16, 16), np.float32)  # of a tracer; between the voxels of 4 mm
+    hot[0, 0, 0], hot[8, 8, 8] = 5, 9
+    write_scan(source / "hot.nii.gz", hot, np.eye(4))
+    said = refused(run, source, tmp_path / "out", capsys=capsys)
+    assert (
+        f"1 of 3 case(s) were not predicted:\n  {source / 'hot.nii.gz'}: its few voxels that are not 0 are lost" in said
+    )
+    rows = list(csv.DictReader((tmp_path / "out" / "nodules.csv").open()))
+    assert [(row["case"], row["class"], row["score"]) for row in rows] == [
+        ("empty", "", ""),
+        ("found", "nodule", "0.9"),
+    ]
+    run_predict(run, source / "empty.nii.gz", tmp_path / "alone")
+    assert (tmp_path / "alone" / "nodules.csv").read_text() == "case\nempty\n"
+    # An evaluation says it alike.
+    cases = [Case(name, name, {"MRI": source / f"{name}.nii.gz"}) for name in ("empty", "found")]
+    evaluate.evaluate_split(predict.Run(run), "val", cases, tmp_path / "val")
+    assert (tmp_path / "val" / "predictions" / "nodules.csv").read_text() == (
+        tmp_path / "out" / "nodules.csv"
+    ).read_text()
+
+
+def test_a_folder_that_may_not_be_listed_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    def closed(self: Path) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", closed)  # root may list any
+    with pytest.raises(UserError, match=f"^{tmp_path}: cannot be read: Permission denied. Correct --input"):
+        predict.find_inputs(tmp_path, ("MRI",))
 
 
 def test_a_corrupt_file_alone_is_named(untrained: Path, tmp_path: Path, capsys: Any) -> None:

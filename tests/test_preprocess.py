@@ -322,6 +322,17 @@ def test_zscore_nonzero_leaves_zeros():
     assert not resampled[:8].any()  # ringing of the spline into the zeros is masked
 
 
+def test_zscore_nonzero_of_voxels_that_resampling_loses(tmp_path):
+    data = np.zeros((16, 16, 16), np.float32)
+    data[0, 0, 0], data[8, 8, 8] = 5, 9
+    case = Case("a", "a", {"T1": save(tmp_path / "pet.nii.gz", data)})
+    with pytest.raises(
+        UserError, match=r"pet\.nii\.gz: its few voxels that are not 0 are lost .*Choose a finer spacing"
+    ):
+        prepare_case(case, plan(normalize="zscore_nonzero", spacing=(4.0, 4.0, 4.0)))
+    assert prepare_case(case, plan(normalize="zscore_nonzero")).image.any()
+
+
 def test_percentile():
     data = noise(20, 20, 20)
     data[0, 0, 0] = 1e9  # one hot pixel must not flatten the rest

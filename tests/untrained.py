@@ -30,6 +30,7 @@ def make_run(
     labels: Mapping[str, int] = LABELS,
     spacing: tuple[float, float, float] | None = (2.0, 2.0, 2.0),
     missing: str = "error",
+    normalize: str = "zscore",
     evaluation: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Path:
@@ -53,7 +54,7 @@ def make_run(
         lambda path, s: jnp.asarray(rng.normal(0, 0.0 if "bias" in str(path[-1]) else 0.5, s.shape), s.dtype), shapes
     )
     plan = preprocess.Plan(
-        tuple(modalities), dict(labels), "RAS", spacing, None, dict.fromkeys(modalities, "zscore"), missing=missing
+        tuple(modalities), dict(labels), "RAS", spacing, None, dict.fromkeys(modalities, normalize), missing=missing
     )
     checkpoints = Checkpoints(folder)
     meta = {"step": 0, "config": json.loads(config_lib.to_json(config)), "plan": plan.to_json(), "labels": labels}

@@ -463,6 +463,12 @@ class Plan:
             values = resample(values, geometry.shape, geometry.ratios, geometry.orders(self.order))
             if mask is not None:
                 mask = resample(mask, geometry.shape, geometry.ratios, order=0)
+                if not mask.any():
+                    raise UserError(
+                        f"{name}: its few voxels that are not 0 are lost between those of data.preprocess.spacing="
+                        f"{self.spacing}, and normalize='zscore_nonzero' measures no others. Choose a finer spacing or "
+                        "'zscore', or leave the case out."
+                    )
         if kind == "none":
             out[...] = values
             return
