@@ -634,11 +634,9 @@ def _geometry_notes(header: Any, affine: np.ndarray, shape: tuple[int, ...]) -> 
         if distance > _QFORM_TOLERANCE * min(np.sqrt((affine[:3, :3] ** 2).sum(axis=0))):
             yield f"qform and sform disagree by {distance:.3g} mm; the sform is used, other programs may use the other"
     if cosine := shear(affine):
-        volume = abs(np.linalg.det(affine[:3, :3])) or math.inf  # 0: a singular affine is refused elsewhere
-        larger = np.prod(np.sqrt((affine[:3, :3] ** 2).sum(axis=0))) / volume - 1
         yield (
             f"the affine is sheared (gantry tilt? cosine between axes {cosine:.3g}); voxels are taken along the stored "
-            f"axes: distances across them are approximate, volumes {100 * larger:.2g} % too large"
+            "axes: distances across them are approximate, volumes exact"
         )
     if unit := _unit(header):
         yield f"the header gives lengths in {unit}; they are taken as millimetres"
