@@ -258,7 +258,8 @@ def lines(
         colour, marker = _DARK[k % len(_DARK)], "os^vD*P"[k // len(_DARK) % 7]
         # Beside each other, so that no interval hides another.
         known = [(at * 1.03 ** (k - (len(series) - 1) / 2), *rest) for at, *rest in points if math.isfinite(rest[0])]
-        axes.plot([p[0] for p in known], [p[1] for p in known], "-", marker=marker, color=colour, label=name)
+        line = ("-", "--", ":")[k // len(_DARK) % 3]
+        axes.plot([p[0] for p in known], [p[1] for p in known], line, marker=marker, color=colour, label=name)
         for at, _, low, high in known:
             if math.isfinite(low) and math.isfinite(high):
                 axes.plot([at, at], [low, high], "-", color=colour, linewidth=1, alpha=0.6)
@@ -268,7 +269,7 @@ def lines(
     axes.set_xlabel(x)
     axes.set_ylabel(f"{y} (bars: 95 % interval)")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=9, frameon=False, loc="best")
+    axes.legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     if title:
         axes.set_title(title, fontsize=12)
     figure.set_layout_engine("tight")
