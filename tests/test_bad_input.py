@@ -343,8 +343,9 @@ def test_first_weights_of_another_number_of_channels(place: Path, trained: Path,
     table.write_text("\n".join(["id,t1,flair,mask,side", *rows]) + "\n")
     said = failure(
         place, f"--config.init.source={trained}", f"--config.data.cohort={table}", "--config.data.images.T1=t1",
-        "--config.data.images.FLAIR=flair", "--config.data.targets.spheres=mask", "--config.data.labels.shell=1",
-        "--config.data.labels.core=2", "--config.data.split.file=", "--config.data.split.column=side", capsys=capsys,
+        "--config.data.images.FLAIR=flair", "--config.data.modalities=('T1', 'FLAIR')",
+        "--config.data.targets.spheres=mask", "--config.data.labels.shell=1", "--config.data.labels.core=2",
+        "--config.data.split.file=", "--config.data.split.column=side", capsys=capsys,
     )  # fmt: skip
     assert f"init.source {trained} (" in said
     assert "backbone/encoder0/block0/conv/kernel: 3×3×3×1×4 there, 3×3×3×2×4 here (1 channel(s) there, 2 here" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -190,7 +191,11 @@ def test_what_is_written_once_is_written_by_one_process(runs: Path) -> None:
     said = [Path(f"{runs / 'pair.log'}.{n}").read_text() for n in (0, 1)]
     assert "trained to step 50" in said[0]
     assert "8 × cpu of 2 processes" in said[0]
-    assert [line for line in said[1].splitlines() if line and not line.startswith("[Gloo]")] == []
+    # Gloo's threads write pieces of lines between each other's.
+    gloo = re.compile(
+        r"\[Gloo\]|Rank \d+ is connected to \d+ peer ranks\.|Expected number of connected peer ranks is : \d+"
+    )
+    assert gloo.sub("", said[1]).split() == []
     assert (runs / "pair" / "config.json").is_file()
 
 
