@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import argparse
 import ast
+import collections
 import hashlib
 import json
 import math
 import os
 import pickle
+import pickletools
 import re
+import struct
 import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,6 +39,7 @@ _ABOUT = "about.json"
 # Where checkpoints keep the weights, and what wrappers put before every name.
 _HOLDERS = ("network_weights", "state_dict", "model_state_dict", "model", "net", "params")
 _PREFIXES = ("module.", "_orig_mod.", "net.", "model.", "backbone.", "network.")
+_MAGIC = 0x1950A86A20F9469CFC6C  # how files of PyTorch before 1.6 begin
 
 Weights = dict[str, np.ndarray]
 
@@ -61,6 +65,7 @@ class Recipe:
       options: the backbone's, as read off the weights. axes: order of the kernels' spatial axes in the file.
       channels: of the image. rules: the first that matches a name rules it; paths beginning with 'head/' are of the
         task's head. ignored: names that carry nothing: counters, indices, second copies. tokens: learnt positions.
+      notes: what was taken for granted, since the weights do not tell it.
     """
 
     options: dict[str, Any]
@@ -69,6 +74,7 @@ class Recipe:
     rules: tuple[Rule, ...]
     ignored: str = r"(?!)"
     tokens: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -78,6 +84,7 @@ class Matched:
     Attributes:
       params: path -> array, of the network. matched: path -> name in the file. reshaped: the same, where more than a
         permutation of axes was needed. missing: paths of the network without an array. unused: names without a path.
+      notes: what the reader has to judge: what was taken for granted, and what of the network itself was left over.
     """
 
     params: Weights = field(default_factory=dict)
@@ -85,6 +92,7 @@ class Matched:
     reshaped: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -111,25 +119,48 @@ def read(file: Path) -> Weights:
         with torch.serialization.safe_globals(plain):
             found = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if _garbled(file):
+            raise UserError(f"{file}: is no PyTorch checkpoint, or damaged: download it again") from error
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f" ({named[1]})" if named else ""
         raise UserError(
             f"{file}: holds pickled objects besides weights{what} and is not opened, since such files can run code. "
             "Where you trust it, write its weights alone: torch.save(model.state_dict(), 'weights.pth')"
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
-        raise UserError(
-            f"{file}: is no PyTorch checkpoint, or damaged ({' '.join(str(error).split())[:150]})"
-        ) from error
+    except (RuntimeError, EOFError, OSError, LookupError, struct.error, ValueError, TypeError, AttributeError) as error:
+        why = f" ({' '.join(str(error).split())[:150]})" if str(error) else ""
+        raise UserError(f"{file}: is no PyTorch checkpoint, or damaged: download it again{why}") from error
     tensors = {k: v for k, v in _state(found, file).items() if isinstance(v, torch.Tensor)}
-    return _strip({k: v.float().numpy() if v.is_floating_point() else v.numpy() for k, v in tensors.items()})
+    plainly = {k: v.detach() for k, v in tensors.items()}  # those of named_parameters() hang on gradients
+    return _strip({k: v.float().numpy() if v.is_floating_point() else v.numpy() for k, v in plainly.items()})
+
+
+def _garbled(file: Path) -> bool:
+    """Whether a file is neither an archive nor whole pickles, as old versions of PyTorch wrote; runs none of them."""
+    with file.open("rb") as stream:
+        head = stream.read(4)
+        stream.seek(0)
+        if head == b"PK\x03\x04":
+            return False
+        if not head.startswith(b"\x80"):  # a page saved by a browser, say
+            return True
+        try:
+            # A magic number, the protocol, the machine, the names; what begins otherwise is one pickle.
+            first = [value for _, value, _ in pickletools.genops(stream)]
+            for _ in range(3 if _MAGIC in first else 0):
+                collections.deque(pickletools.genops(stream), 0)
+        except (ValueError, EOFError, OverflowError, MemoryError, struct.error):
+            return True
+    return False
 
 
 def _state(found: Any, file: Path) -> Mapping[str, Any]:
     """The table of tensors in what a checkpoint holds."""
     places = [found, *(found[k] for k in _HOLDERS if k in found)] if isinstance(found, Mapping) else []
     for place in reversed(places):
-        if isinstance(place, Mapping) and any(hasattr(v, "shape") and "." in k for k, v in place.items()):
+        if isinstance(place, Mapping) and any(
+            isinstance(k, str) and "." in k and hasattr(v, "shape") for k, v in place.items()
+        ):
             return place
     raise UserError(f"{file}: no table of weights in it; looked for one at the top and in {', '.join(_HOLDERS)}")
 
@@ -144,6 +175,8 @@ def _read_safetensors(file: Path) -> Weights:
     try:
         length = int.from_bytes(raw[:8], "little")
         header = json.loads(raw[8 : 8 + length])
+        if not isinstance(header, dict):
+            raise TypeError("its header is no table of names")
         body = memoryview(raw)[8 + length :]
         found = {}
         for name, entry in header.items():
@@ -155,8 +188,8 @@ def _read_safetensors(file: Path) -> Weights:
                 array = (array.astype(np.uint32) << 16).view(np.float32)
             found[name] = array.astype(np.float32) if array.dtype.kind == "f" else array
         return found
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: is no .safetensors file, or damaged ({error})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: is no .safetensors file, or damaged: download it again ({error})") from error
 
 
 def _strip(weights: Weights) -> Weights:
@@ -229,6 +262,26 @@ def _need(weights: Weights, name: str, model: str) -> np.ndarray:
     return weights[name]
 
 
+def _first(weights: Weights, pattern: str, model: str) -> np.ndarray:
+    """The first matrix or kernel whose whole name matches."""
+    found = next((v for k, v in weights.items() if re.fullmatch(pattern, k) and v.ndim >= 2), None)
+    if found is None:
+        raise UserError(f"convert: these are no weights of a {model}, or not all: none is called '{pattern}'")
+    return found
+
+
+def _kernel(weights: Weights, name: str, model: str) -> np.ndarray:
+    """The kernel of a 3D convolution, [out, in, ...] or [in, out, ...]."""
+    found = _need(weights, name, model)
+    if found.ndim != 5:
+        kind = f"a {found.ndim - 2}D" if found.ndim in (3, 4) else "no"
+        raise UserError(
+            f"convert: '{name}' of shape {found.shape} is the kernel of {kind} convolution, and networks here are 3D; "
+            "weights trained in 3D have five axes there"
+        )
+    return found
+
+
 def _space(weight: np.ndarray, axes: str) -> tuple[int, ...]:
     """A kernel's size along (x, y, z)."""
     size = weight.shape[2:]
@@ -244,10 +297,10 @@ def _nnunet(weights: Weights, source: str, axes: str, given: Mapping[str, Any]) 
     else:
         place = "encoder.stages.{}.0.convs.0.conv"
         blocks = r"encoder\.stages\.{}\.0\.convs\.(\d+)\.conv\.weight"
-    _need(weights, place.format(0) + ".weight", "nnU-Net (dynamic_network_architectures)")
+    _kernel(weights, place.format(0) + ".weight", "nnU-Net (dynamic_network_architectures)")
     n = _count(weights, r"encoder\.stages\.(\d+)\.")
-    firsts = [_need(weights, place.format(i) + ".weight", "nnU-Net") for i in range(n)]
-    ups = [_need(weights, f"decoder.transpconvs.{n - 2 - i}.weight", "nnU-Net") for i in range(n - 1)]
+    firsts = [_kernel(weights, place.format(i) + ".weight", "nnU-Net") for i in range(n)]
+    ups = [_kernel(weights, f"decoder.transpconvs.{n - 2 - i}.weight", "nnU-Net") for i in range(n - 1)]
     convs = [_count(weights, rf"decoder\.stages\.{n - 2 - i}\.convs\.(\d+)\.conv\.weight") for i in range(n - 1)]
     options = {
         "features": tuple(w.shape[0] for w in firsts),
@@ -287,7 +340,7 @@ def _nnunet(weights: Weights, source: str, axes: str, given: Mapping[str, Any]) 
 def _resnet(weights: Weights, source: str, axes: str, given: Mapping[str, Any]) -> Recipe:
     from medjax.models.resnet import DEPTHS
 
-    stem = _need(weights, "conv1.weight", "ResNet")
+    stem = _kernel(weights, "conv1.weight", "ResNet")
     _need(weights, "layer1.0.conv1.weight", "ResNet")
     blocks = tuple(_count(weights, rf"layer{i + 1}\.(\d+)\.conv1\.weight") for i in range(4))
     wide = "layer1.0.conv3.weight" in weights
@@ -298,7 +351,7 @@ def _resnet(weights: Weights, source: str, axes: str, given: Mapping[str, Any]) 
         )
     options: dict[str, Any] = {
         "depth": depth,
-        "features": tuple(weights[f"layer{i + 1}.0.conv1.weight"].shape[0] for i in range(4)),
+        "features": tuple(_kernel(weights, f"layer{i + 1}.0.conv1.weight", "ResNet").shape[0] for i in range(4)),
         "stem_kernel": tuple(stem.shape[2:]),
         "shortcut": "B" if any(".downsample.0.weight" in k for k in weights) else "A",
         "shortcut_bias": any(".downsample.0.bias" in k for k in weights),
@@ -323,10 +376,10 @@ def _resnet(weights: Weights, source: str, axes: str, given: Mapping[str, Any]) 
 
 
 def _densenet(weights: Weights, source: str, axes: str, given: Mapping[str, Any]) -> Recipe:
-    stem = _need(weights, "features.conv0.weight", "DenseNet")
+    stem = _kernel(weights, "features.conv0.weight", "DenseNet")
     n = _count(weights, r"features\.denseblock(\d+)\.")
     layer = r"features\.denseblock{}\.denselayer(\d+)\.(?:layers\.)?conv1\.weight"
-    second = next(v for k, v in weights.items() if re.search(r"denselayer1\.(layers\.)?conv2\.weight", k))
+    second = _first(weights, r"features\.denseblock1\.denselayer1\.(layers\.)?conv2\.weight", "DenseNet")
     options = {
         "blocks": tuple(_count(weights, layer.format(i + 1)) for i in range(n)),
         "features": stem.shape[0],
@@ -349,7 +402,7 @@ def _densenet(weights: Weights, source: str, axes: str, given: Mapping[str, Any]
 
 
 def _mednext(weights: Weights, source: str, axes: str, given: Mapping[str, Any]) -> Recipe:
-    stem = _need(weights, "stem.weight", "MedNeXt")
+    stem = _kernel(weights, "stem.weight", "MedNeXt")
     monai = "enc_stages.0.0.conv1.weight" in weights
     axes = axes or ("xyz" if monai else "zyx")
     stage, down = ("enc_stages.{}", "down_blocks.{}") if monai else ("enc_block_{}", "down_{}")
@@ -362,7 +415,7 @@ def _mednext(weights: Weights, source: str, axes: str, given: Mapping[str, Any])
         "blocks": tuple(_count(weights, re.escape(name) + r"\.(\d+)\.conv1\.weight") for name in names),
         "expansions": tuple(w.shape[0] // w.shape[1] for w in expands),
         "down_expansions": tuple(w.shape[0] // w.shape[1] for w in downs),
-        "kernel": _space(weights[f"{names[0]}.0.conv1.weight"], axes),
+        "kernel": _space(_kernel(weights, f"{names[0]}.0.conv1.weight", "MedNeXt"), axes),
     }
     parts = {"conv1": "depthwise", "norm": "norm", "conv2": "expand", "conv3": "compress", "res_conv": "shortcut"}
     part = r"(conv1|norm|conv2|conv3|res_conv)"
@@ -392,11 +445,17 @@ def _unetr_parts(module: str) -> str:
 
 def _swin(weights: Weights, source: str, axes: str, given: Mapping[str, Any]) -> Recipe:
     weights = {k.removeprefix("swinViT."): v for k, v in weights.items()}
-    embed = _need(weights, "patch_embed.proj.weight", "Swin transformer")
+    embed = _kernel(weights, "patch_embed.proj.weight", "Swin transformer")
+    if any(re.match(r"layers\d+c\.", k) for k in weights):
+        raise UserError(
+            "convert: these are weights of SwinUNETR(use_v2=True), with a residual convolution before every stage "
+            "(layers1c to layers4c); the Swin transformer here has none, and would be another network without them"
+        )
+    _need(weights, "layers1.0.blocks.0.attn.relative_position_bias_table", "Swin transformer")
     n = _count(weights, r"layers(\d)\.0\.blocks\.")
     tables = [_need(weights, f"layers{i + 1}.0.blocks.0.attn.relative_position_bias_table", "Swin") for i in range(n)]
     side = round(len(tables[0]) ** (1 / 3))
-    first = next(v for k, v in weights.items() if re.match(r"layers1\.0\.blocks\.0\.mlp\.(linear1|fc1)\.weight", k))
+    first = _first(weights, r"layers1\.0\.blocks\.0\.mlp\.(linear1|fc1)\.weight", "Swin transformer")
     options = {
         "features": embed.shape[0],
         "patch": tuple(embed.shape[2:]),
@@ -447,12 +506,30 @@ def _vit(weights: Weights, source: str, axes: str, given: Mapping[str, Any]) -> 
         "mlp": _need(plain, "blocks.0.mlp.linear1.weight", "ViT of MONAI").shape[0],
         "qkv_bias": "blocks.0.attn.qkv.bias" in plain,
     }
-    if (embed := plain.get("patch_embedding.patch_embeddings.weight")) is not None:
+    notes = []
+    if "heads" not in given:
+        notes.append(
+            f"the file does not tell the number of attention heads: taken as {options['heads']} ({features} features); "
+            "--model.heads=N sets it. Any number fits the shapes, another one than was trained computes something else"
+        )
+    if "patch_embedding.patch_embeddings.weight" in plain:
+        embed = _kernel(plain, "patch_embedding.patch_embeddings.weight", "ViT of MONAI")
         options["patch"], channels = tuple(embed.shape[2:]), embed.shape[1]
     else:  # a linear map of flattened cells, whose size it does not tell
         options["patch"] = tuple(given.get("patch", (16, 16, 16)))
         linear = _need(plain, "patch_embedding.patch_embeddings.1.weight", "ViT of MONAI")
-        channels = linear.shape[1] // math.prod(options["patch"])
+        cell = "×".join(map(str, options["patch"]))
+        channels, rest = divmod(linear.shape[-1], max(math.prod(options["patch"]), 1))
+        if rest or not channels:
+            raise UserError(
+                f"convert: a token of this ViT is made of {linear.shape[-1]} values, no multiple of {cell} voxels; "
+                "give the voxels of a token with --model.patch=(X,Y,Z)"
+            )
+        if "patch" not in given:
+            notes.append(
+                f"the file does not tell the voxels of a token: taken as {cell} of {channels} channel(s); "
+                "--model.patch=(X,Y,Z) sets them"
+            )
     if (image := weights.get("encoder1.layer.conv1.conv.weight")) is not None:
         options["decoder_features"] = image.shape[0]
     block = r"(?:vit\.)?blocks\.(\d+)\."
@@ -483,7 +560,7 @@ def _vit(weights: Weights, source: str, axes: str, given: Mapping[str, Any]) -> 
         Rule(r"out\.conv\.conv", lambda m: "head/level0"),
     )
     ignored = r".*\b(norm_cross_attn|cross_attn)\."
-    return Recipe(options, axes or "xyz", channels, rules, ignored, position.shape[1])
+    return Recipe(options, axes or "xyz", channels, rules, ignored, position.shape[1], tuple(notes))
 
 
 # model -> (how its weights are read, the sources it tells apart; the first is the default)
@@ -531,6 +608,7 @@ def match(weights: Weights, shapes: Mapping[str, tuple[int, ...]], recipe: Recip
             )
         done.params[path] = np.ascontiguousarray(laid, np.float32)
         (done.reshaped if reshaped else done.matched)[path] = name
+    done.notes += recipe.notes
     done.missing = [path for path in shapes if path not in done.params]
     if not done.params:
         some = ", ".join(list(weights)[:4])
@@ -556,7 +634,7 @@ def _lay_out(array: np.ndarray, shape: tuple[int, ...], way: str, axes: str) -> 
     """The array in our layout, or None where it does not fit; and whether it took more than a permutation of axes."""
     space = (4, 3, 2) if axes == "zyx" else (2, 3, 4)
     reshaped = False
-    if way == "corners":  # the last axis is 8 corners of C channels each
+    if way == "corners" and array.ndim and array.shape[-1] % 8 == 0:  # the last axis is 8 corners of C channels each
         parts = array.reshape(*array.shape[:-1], 8, -1)
         array = np.empty_like(parts)
         array[..., _CORNERS, :] = parts
@@ -605,11 +683,12 @@ def convert(
         raise UserError(f"convert: --axes '{axes}' is neither xyz nor zyx")
     if axes == "zyx" and family in (_swin, _vit):
         raise UserError(f"convert: --axes=zyx is for convolutional networks; {model} is read as xyz only")
-    recipe = family(weights, source, axes, options or {})
     known = models.options(model)
     for key in options or {}:
         if key not in known:
             raise config.unknown_key(key, known, "model")
+    models.check({"name": model, **(options or {})})
+    recipe = family(weights, source, axes, options or {})
     chosen = {"name": model, **recipe.options, **(options or {})}
     backbone = models.build(chosen, jnp.float32)
     heads = {}
@@ -629,10 +708,23 @@ def convert(
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in flat}
     done = match(weights, shapes, recipe, f"heads_{task}")
+    alone = ("encoder", "decoder") if model in ("vit", "swin") else ()
+    inner = [n for n in done.unused if not re.match(_HEADS, n) and not n.startswith(alone)]
+    if inner:
+        more = f" and {len(inner) - 4} more" if len(inner) > 4 else ""
+        done.notes.append(
+            f"{len(inner)} unused array(s) are of no head that is known, but of the network itself: "
+            f"{', '.join(inner[:4])}{more}. The network here has no place for them and COMPUTES SOMETHING ELSE than "
+            "the one they were trained in, unless they took no part there"
+        )
     about: dict[str, Any] = {"model": chosen, "axes": recipe.axes, "channels": recipe.channels}
     if task:
         about |= {"task": task, "classes": heads[task].outputs}
     return done, about
+
+
+# Modules that come after the features: what is left of them says nothing of the backbone.
+_HEADS = r"(?:fc|out|out_\d+|class_layers|classifier|conv_seg|decoder\.seg_layers|\w*_head)\."
 
 
 def _head(weights: Weights, recipe: Recipe) -> dict[int, int]:
@@ -665,7 +757,8 @@ def table(done: Matched) -> str:
     lines += [f"missing   {path}" for path in done.missing]
     lines += [f"unused    {name}" for name in done.unused]
     counts = {"matched": done.matched, "reshaped": done.reshaped, "missing": done.missing, "unused": done.unused}
-    return "\n".join([*lines, ", ".join(f"{len(v)} {k}" for k, v in counts.items())])
+    notes = [f"NOTE      {note}" for note in done.notes]
+    return "\n".join([*lines, ", ".join(f"{len(v)} {k}" for k, v in counts.items()), *notes])
 
 
 def parser() -> argparse.ArgumentParser:

@@ -151,7 +151,7 @@ def divide(config: ConfigDict, shapes: Mapping[str, tuple[int, ...]]) -> Divisio
             whole, trained=frozenset(chosen), factors=factors, scale=float(peft.alpha) / peft.rank
         )
     rates, _ = optim.rule_factors(config.optim.rules, whole.everything(), whole.bases)
-    still = {path for path, rate in flat(rates).items() if not rate} | _statistics(shapes)
+    still = {path for path, rate in flat(rates).items() if not rate} | statistics(shapes)
     kept = {path: f for path, f in whole.factors.items() if not still & {path + _A, path + _B}}
     dropped = {path: f for path, f in whole.factors.items() if path not in kept}
     division = dataclasses.replace(whole, trained=whole.trained - still, factors=kept, dropped=dropped)
@@ -178,7 +178,7 @@ def _check_use(config: ConfigDict) -> None:
         )
 
 
-def _statistics(shapes: Collection[str]) -> set[str]:
+def statistics(shapes: Collection[str]) -> set[str]:
     """Means and variances of normalisations that keep those of another training; they are measured, not learnt."""
     ends = ("/mean", "/variance")
     pairs = {p.rpartition("/")[0] for p in shapes if p.endswith(ends[0])}

@@ -140,9 +140,32 @@ def open_start(
     where = config.init.source.replace("{seed}", str(config.seed))
     if reference:
         return _referred(where, describe(config, model, modalities), config.init, folder, reference, own)
-    return (
-        match(read(Path(where), config.init.which), describe(config, model, modalities), config.init) if where else None
-    )
+    start = None
+    if where:
+        start = match(read(Path(where), config.init.which), describe(config, model, modalities), config.init)
+    if config.model.get("norm") == "batch_frozen":
+        _check_statistics(start, describe(config, model, modalities).shapes)
+    return start
+
+
+def _check_statistics(start: Start | None, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses to begin with frozen normalisations whose statistics nobody measured: they would do nothing, for good.
+
+    Where the source has those of some, what is without is told: it may have been left out on purpose.
+    """
+    needed = peft.statistics(shapes)
+    without = sorted({path.rpartition("/")[0] for path in needed.difference(start.params if start else ())})
+    if not without:
+        return
+    which = ", ".join(without[:3]) + (f" and {len(without) - 3} more" if len(without) > 3 else "")
+    what = "have no statistics: they would stay at mean 0 and variance 1 for good, which is no normalisation"
+    if 2 * len(without) == len(needed):
+        held = f"init.source {start.source.where} holds none" if start else "init.source is empty"
+        raise UserError(
+            f"config: model.norm='batch_frozen' keeps the statistics of converted weights, and {held}: {which} {what}. "
+            "Give converted weights by init.source=FOLDER (python -m medjax.convert), or set model.norm='instance'"
+        )
+    warn_once(f"init.source: with model.norm='batch_frozen' {which} {what}")
 
 
 def _referred(

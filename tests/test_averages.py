@@ -220,8 +220,8 @@ def test_gradnorm_refuses_a_task_with_a_pass_of_its_own(recipe: Path) -> None:
         balance.build(config, kinds, lambda _: 0.1)
 
 
-def test_uncertainty_refuses_losses_below_0(recipe: Path) -> None:
-    """exp(-s) L + s / 2 falls without end in s where L < 0."""
+def test_learnt_weights_refuse_losses_below_0(recipe: Path) -> None:
+    """exp(-s) L + s / 2 falls without end in s where L < 0; GradNorm divides by the first loss."""
 
     def build(rule: str, *tasks: Any) -> balance.Fixed:
         named = {task.name: task for task in tasks}
@@ -231,10 +231,12 @@ def test_uncertainty_refuses_losses_below_0(recipe: Path) -> None:
     age, wide = (Regression("age", uncertainty=kind) for kind in ("gaussian", "quantiles"))
     for tasks, words in (((mask, age), r"'age' may be negative \(uncertainty='gaussian'\)"),
                          ((edged, wide), r"'mask' may be negative \(boundary=0.1\)")):  # fmt: skip
-        with pytest.raises(UserError, match=words):
-            build("uncertainty", *tasks)
+        for rule in ("uncertainty", "gradnorm"):
+            with pytest.raises(UserError, match=f"optim.balance '{rule}' needs losses of 0 and above.*{words}"):
+                build(rule, *tasks)
         assert type(build("fixed", *tasks)) is balance.Fixed
     assert type(build("uncertainty", mask, wide)) is balance.Uncertainty
+    assert type(build("gradnorm", mask, wide)) is balance.GradNorm
     assert type(build("uncertainty", age)) is balance.Fixed  # of a single task every rule is
     slope = jax.grad(lambda s: weighting.uncertainty_total(jnp.array([-1.0]), s, jnp.array([True])))
     assert (slope(jnp.array([0.0])) > 0).all()

@@ -314,6 +314,27 @@ def test_norms_by_their_definitions() -> None:
         layers.norm_act("batch")
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("resnet", {"depth": 10, "features": (4, 4, 4, 4), "stem_kernel": (3, 3, 3)}),
+        ("densenet", {"blocks": (1, 1), "features": 4, "growth": 2, "stem_kernel": (3, 3, 3)}),
+        ("inception", {"width": 1 / 8}),
+    ],
+)
+def test_a_new_decoder_of_stored_statistics_normalises(name: str, options: dict[str, Any]) -> None:
+    """The encoder keeps the statistics it came with; those of a decoder that is new would be 0 and 1 for good."""
+    net = models.build({"name": name, "norm": "batch_frozen", "decoder": "unet", **options}, jnp.float32)
+    x = jnp.zeros((1, *net.total_factor(), 1))
+    params = jax.eval_shape(lambda: net.init(jax.random.key(0), x))["params"]
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    stored = [path for path in paths if path.endswith("/variance")]
+    assert stored
+    assert not [path for path in stored if path.startswith("decoder/")]
+    assert [path for path in paths if path.startswith("decoder/unet/") and path.endswith("/norm/scale")]
+
+
 def test_window_attention_by_hand() -> None:
     """Two shifted windows of two heads, with the bias of every offset, against a loop over tokens."""
     rng = np.random.default_rng(3)

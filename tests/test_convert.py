@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
+import re
 import struct
 import sys
 from collections.abc import Callable
@@ -47,6 +50,20 @@ def resnet_weights(rng: np.random.Generator, channels: int = 1) -> convert.Weigh
             norm(f"layer{i}.0.downsample.1", f)
     conv("fc", (3, 4))
     return found
+
+
+def vit_weights(patch: int, channels: int = 1, features: int = 8) -> convert.Weights:
+    """What MONAI's ViT of one block has, on 2×2×2 tokens of `patch` voxels an axis, embedded by a linear map."""
+    f, h = features, 12
+    shapes = {
+        "patch_embedding.position_embeddings": (1, 8, f), "patch_embedding.patch_embeddings.1.bias": (f,),
+        "patch_embedding.patch_embeddings.1.weight": (f, patch**3 * channels), "blocks.0.attn.qkv.weight": (3 * f, f),
+        "blocks.0.attn.out_proj.weight": (f, f), "blocks.0.attn.out_proj.bias": (f,), "blocks.0.mlp.linear1.weight":
+        (h, f), "blocks.0.mlp.linear1.bias": (h,), "blocks.0.mlp.linear2.weight": (f, h), "blocks.0.mlp.linear2.bias":
+        (f,),
+    }  # fmt: skip
+    norms = [f"{norm}.{leaf}" for norm in ("blocks.0.norm1", "blocks.0.norm2", "norm") for leaf in ("weight", "bias")]
+    return {name: np.ones(shape, np.float32) for name, shape in (shapes | dict.fromkeys(norms, (f,))).items()}
 
 
 def write_safetensors(file: Path, weights: convert.Weights, prefix: str = "") -> Path:
@@ -109,6 +126,31 @@ def test_a_file_becomes_parameters(tmp_path: Path, capsys: pytest.CaptureFixture
             np.testing.assert_array_equal(array, source.params[path])
 
 
+def test_statistics_come_from_a_source_or_the_run_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, about = convert.convert(resnet_weights(np.random.default_rng(3)), "resnet", options={"decoder": "unet"})
+    config = config_lib.defaults()
+    with config.ignore_type():
+        config.model = about["model"]
+        config.data.patch = models.build(about["model"], jnp.float32).total_factor()
+    net = Model(models.build(about["model"], jnp.float32), {})
+    with pytest.raises(UserError, match="'batch_frozen' keeps the statistics of converted .* init.source is empty"):
+        transfer.open_start(config, net, ("T1",), tmp_path)
+    bare = {k: v for k, v in done.params.items() if not k.endswith(("/mean", "/variance"))}
+    config.init.source = str(convert.save(tmp_path / "bare", bare, about).parent)
+    with pytest.raises(UserError, match=r"bare.* holds none: backbone/.* and \d+ more have no statistics"):
+        transfer.open_start(config, net, ("T1",), tmp_path)
+    some = {k: v for k, v in done.params.items() if "/stem/" not in k}
+    config.init.source = str(convert.save(tmp_path / "some", some, about).parent)
+    monkeypatch.setattr("medjax.errors._said", set())
+    assert transfer.open_start(config, net, ("T1",), tmp_path)
+    assert "backbone/stem/norm have no statistics" in capsys.readouterr().err
+    config.init.source = str(convert.save(tmp_path / "whole", done.params, about).parent)
+    assert transfer.open_start(config, net, ("T1",), tmp_path)
+    assert "no statistics" not in capsys.readouterr().err
+
+
 def test_axes_of_the_file_are_turned() -> None:
     weights = resnet_weights(np.random.default_rng(1))
     done, about = convert.convert(weights, "resnet", axes="zyx")
@@ -145,6 +187,98 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path: Path) -> None:
     file = write_safetensors(tmp_path / "w.safetensors", weights)
     with pytest.raises(UserError, match="unknown argument '--modle.depth=10'"):
         convert.main([f"--from={file}", f"--to={tmp_path}", "--model=resnet", "--modle.depth=10"])
+
+
+@pytest.mark.parametrize(
+    ("model", "stem"),
+    [
+        ("resnet", "conv1.weight"),
+        ("densenet", "features.conv0.weight"),
+        ("swin_unetr", "swinViT.patch_embed.proj.weight"),
+        ("mednext", "stem.weight"),
+        ("resenc", "encoder.stages.0.blocks.0.conv1.conv.weight"),
+        ("vit", "patch_embedding.patch_embeddings.weight"),
+    ],
+)
+def test_flat_weights_are_refused(model: str, stem: str) -> None:
+    """Networks for pictures, such as torchvision's, have the names of those for volumes and one axis less."""
+    weights = {k: v[..., 0] if v.ndim == 5 else v for k, v in resnet_weights(np.random.default_rng(4)).items()}
+    if model == "vit":
+        weights |= {k: v for k, v in vit_weights(16).items() if "embeddings.1" not in k}
+    weights |= {"encoder.stem.convs.0.conv.weight": np.ones((4, 1, 3, 3)), stem: np.ones((4, 3, 7, 7), np.float32)}
+    with pytest.raises(
+        UserError, match=rf"'{stem.removeprefix('swinViT.')}' of shape .* is the kernel of a 2D convolution"
+    ):
+        convert.convert(weights, model)
+
+
+def test_files_that_lack_what_tells_the_network_are_refused(tmp_path: Path) -> None:
+    dense = {"features.conv0.weight": np.ones((4, 1, 3, 3, 3)), "features.norm0.weight": np.ones(4)}
+    with pytest.raises(UserError, match="no weights of a DenseNet, or not all"):
+        convert.convert(dense, "densenet")
+    swin = {"patch_embed.proj.weight": np.ones((12, 1, 2, 2, 2))}
+    with pytest.raises(UserError, match="no weights of a Swin transformer: no 'layers1.0.blocks.0.attn"):
+        convert.convert(swin, "swin")
+    swin |= {"layers1.0.blocks.0.attn.relative_position_bias_table": np.ones((27, 2))}
+    with pytest.raises(UserError, match="no weights of a Swin transformer, or not all"):
+        convert.convert(swin, "swin")
+    text = json.dumps(["a.weight"]).encode()
+    (tmp_path / "list.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(UserError, match="no .safetensors file, or damaged: download it again .its header is no table"):
+        convert.read(tmp_path / "list.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "example"),
+    [
+        ("stem_stride", 2, r"\(1, 1, 1\)"),
+        ("stem_stride", (2, 2), r"\(1, 1, 1\)"),
+        ("stem_kernel", "7x7", r"\(7, 7, 7\)"),
+        ("factors", 2, r"\(\(1, 1, 1\), \(2, 2, 2\)"),
+        ("depth", "ten", "18"),
+        ("shortcut_bias", 1, "False"),
+    ],
+)
+def test_options_of_another_kind_are_refused(key: str, value: Any, example: str) -> None:
+    weights = resnet_weights(np.random.default_rng(5))
+    with pytest.raises(UserError, match=rf"model\.{key}=.*: a network 'resnet' needs .*, such as {example}"):
+        convert.convert(weights, "resnet", options={key: value})
+    convert.convert(weights, "resnet", options={"dilations": (1, 1, 2, 4), "decoder_convs": (1, 1, 1, 1)})
+
+
+def test_what_the_file_does_not_tell_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Heads of the attention and, of a linear embedding, the voxels of a token: any that fit the shapes load."""
+    file = write_safetensors(tmp_path / "v.safetensors", vit_weights(16, features=128))
+    command = [f"--from={file}", f"--to={tmp_path / 'out'}", "--model=vit"]
+    convert.main(command)
+    told = capsys.readouterr().out
+    assert "NOTE      the file does not tell the number of attention heads: taken as 2 (128 features)" in told
+    assert "NOTE      the file does not tell the voxels of a token: taken as 16×16×16 of 1 channel(s)" in told
+    convert.main([*command, "--model.heads=4", "--model.patch=(16,16,16)"])
+    assert "NOTE" not in capsys.readouterr().out
+    assert convert.load(tmp_path / "out")[1]["model"]["heads"] == 4
+    with pytest.raises(UserError, match=r"made of 64 values, no multiple of 16×16×16 voxels; .*--model.patch="):
+        convert.convert(vit_weights(4), "vit")
+    assert not convert.convert(vit_weights(4), "vit", options={"patch": (4, 4, 4)})[0].missing
+
+
+def test_arrays_of_the_network_that_find_no_place_are_said_loudly(tmp_path: Path, capsys: Any) -> None:
+    weights = resnet_weights(np.random.default_rng(6))
+    file = write_safetensors(tmp_path / "w.safetensors", weights)
+    convert.main([f"--from={file}", f"--to={tmp_path / 'out'}", "--model=resnet"])
+    assert "NOTE" not in capsys.readouterr().out  # 'fc' is a head
+    weights["layer2.0.se.fc1.weight"] = np.ones((2, 4), np.float32)
+    file = write_safetensors(tmp_path / "w.safetensors", weights)
+    convert.main([f"--from={file}", f"--to={tmp_path / 'out'}", "--model=resnet"])
+    told = capsys.readouterr().out
+    assert re.search(r"NOTE +1 unused array\(s\) .*: layer2.0.se.fc1.weight. .* COMPUTES SOMETHING ELSE", told)
+
+
+def test_residual_convolutions_of_swin_are_refused() -> None:
+    weights = {"patch_embed.proj.weight": np.ones((12, 1, 2, 2, 2)), "layers1c.0.layer.conv1.conv.weight": np.ones(3)}
+    for prefix in ("", "swinViT."):
+        with pytest.raises(UserError, match=r"SwinUNETR\(use_v2=True\)"):
+            convert.convert({prefix + k: v for k, v in weights.items()}, "swin_unetr")
 
 
 def test_without_torch_a_clear_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +332,7 @@ def agree(
     torch.save({"state_dict": {named(k): v for k, v in net.state_dict().items()}}, tmp_path / "w.pth")
     done, about = convert.convert(convert.read(tmp_path / "w.pth"), model, **options)
     assert done.missing == []
+    assert not [note for note in done.notes if "COMPUTES SOMETHING ELSE" in note]
     image = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     turn = (0, 4, 3, 2, 1) if zyx else (0, 4, 1, 2, 3)
     with torch.no_grad():
@@ -386,6 +521,15 @@ def test_unetr_equals_monai(embedding: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.peers
+def test_swin_unetr_of_the_second_version_is_refused() -> None:
+    nets = pytest.importorskip("monai.networks.nets")
+    net = nets.SwinUNETR(in_channels=1, out_channels=2, feature_size=12, use_v2=True)
+    weights = {k: v.numpy() for k, v in net.state_dict().items()}
+    with pytest.raises(UserError, match=r"SwinUNETR\(use_v2=True\)"):
+        convert.convert(weights, "swin_unetr")
+
+
+@pytest.mark.peers
 def test_swin_alone_equals_monai(tmp_path: Path) -> None:
     swin = pytest.importorskip("monai.networks.nets.swin_unetr")
     net = randomised(
@@ -432,3 +576,36 @@ def test_pickled_code_is_refused(tmp_path: Path) -> None:
     log = {"train_losses": [np.float32(0.5), np.float64(1.0)], "plans": {"patch": (1, 2)}}
     torch.save({"network_weights": {"a.weight": torch.ones(2)}, "logging": log}, tmp_path / "fold.pth")
     np.testing.assert_array_equal(convert.read(tmp_path / "fold.pth")["a.weight"], np.ones(2))
+
+
+@pytest.mark.peers
+def test_what_is_no_checkpoint_is_not_called_code(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    file, again = tmp_path / "w.pth", "is no PyTorch checkpoint, or damaged: download it again"
+    whole = io.BytesIO()
+    torch.save({"a.weight": torch.arange(999.0)}, whole)
+    old = io.BytesIO()
+    torch.save({"a.weight": torch.arange(999.0)}, old, _use_new_zipfile_serialization=False)
+    page = b"<!DOCTYPE html><html><title>Sign in</title></html>"
+    pointer = b"version https://git-lfs.github.com/spec/v1"
+    parts = [content.getvalue()[:n] for content in (whole, old) for n in (5, 40, 300, 3000)]
+    for content in (page, pointer, b"", b"\x1f\x8b\x08junk", old.getvalue()[:100] + b"z" * 300, *parts):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=again):
+            convert.read(file)
+    file.write_bytes(pickle.dumps({"a.weight": np.ones(3)}, protocol=4))
+    with pytest.raises(UserError, match="holds pickled objects besides weights"):
+        convert.read(file)
+
+
+@pytest.mark.peers
+def test_parameters_that_have_gradients_are_read(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    net = torch.nn.Sequential(torch.nn.Linear(2, 3))
+    torch.save(dict(net.named_parameters()), tmp_path / "w.pth")
+    np.testing.assert_array_equal(convert.read(tmp_path / "w.pth")["0.weight"], net[0].weight.detach().numpy())
+    torch.save({"model": dict(net.named_parameters()), 0: 1}, tmp_path / "w.pth")
+    assert set(convert.read(tmp_path / "w.pth")) == {"0.weight", "0.bias"}
+    torch.save({0: torch.ones(2)}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="no table of weights in it"):
+        convert.read(tmp_path / "w.pth")

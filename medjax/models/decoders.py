@@ -129,6 +129,7 @@ class Decoder(nn.Module):
 
     Attributes:
       kind: 'none' returns the encoder's pyramid as it is.
+      norm: the encoder's; where that is 'batch_frozen', 'instance' here: nobody stored statistics of a new decoder.
       the others: those of `UNetDecoder`.
     """
 
@@ -149,7 +150,8 @@ class Decoder(nn.Module):
         if self.kind == "none":
             return list(pyramid)[: self.levels or None]
         skips = list(pyramid)
-        common: dict[str, Any] = {"norm": self.norm, "dropout": self.dropout, "train": self.train, "dtype": self.dtype}
+        norm = "instance" if self.norm == "batch_frozen" else self.norm
+        common: dict[str, Any] = {"norm": norm, "dropout": self.dropout, "train": self.train, "dtype": self.dtype}
         if skips[0].shape[1:4] != image.shape[1:4]:
             stage = nn.remat(Stage) if self.remat else Stage
             skips.insert(0, stage(max(skips[0].shape[-1] // 2, 8), 2, name="image", **common)(image))

@@ -114,10 +114,36 @@ def build_model(config: Mapping[str, Any], tasks: Mapping[str, Any]) -> Model:
 
 
 def check_heads(model: Model, channels: int) -> None:
-    """Raises at once what the first call of an encoder without a decoder would (`check_grid`), before data is read."""
+    """Raises at once what the first call of an encoder without a decoder would (`check_grid`), before data is read.
+
+    And for a network of one stage, which has no pyramid (a plan takes its one number as the width to begin with).
+    """
+    stages = getattr(model.backbone, "features", None)
+    if isinstance(stages, Sequence) and len(stages) < 2:
+        raise UserError(
+            f"config: model.features={tuple(stages)}: needs a number of channels for each stage, two stages at least"
+        )
     if getattr(model.backbone, "decoder", "") == "none" and any(_on_grid(head) for head in model.heads.values()):
         shape = (1, *(2 * factor for factor in model.backbone.total_factor()), channels)
         jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(shape), train=False))
+
+
+def check_levels(model: Model, wanted: Mapping[str, int], channels: int) -> None:
+    """Raises UserError for a task that asks for more levels of the pyramid than the backbone gives.
+
+    Args:
+      wanted: task -> `tasks.<task>.levels`, of those that have been set. channels: of the image.
+    """
+    if max(wanted.values(), default=0) < 2:
+        return
+    image = jnp.zeros((1, *(2 * factor for factor in model.backbone.total_factor()), channels))
+    there = len(jax.eval_shape(lambda: model.backbone.init_with_output(jax.random.key(0), image)[0]))
+    for name, levels in wanted.items():
+        if levels > there:
+            raise UserError(
+                f"config: tasks.{name}.levels={levels}: this {type(model.backbone).__name__}'s pyramid has {there} "
+                f"level(s); set tasks.{name}.levels={there}, or see model.levels and the number of its stages"
+            )
 
 
 def parameter_count(params: Any) -> int:

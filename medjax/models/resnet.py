@@ -81,6 +81,10 @@ class ResNet(nn.Module):
             raise UserError(f"config: model.shortcut '{self.shortcut}' is not known; known: A, B")
         image, n = x, len(self.features)
         blocks, wide = DEPTHS[self.depth]
+        if n > len(blocks):
+            raise UserError(
+                f"config: model.features={tuple(self.features)}: a resnet has {len(blocks)} layers, so as many numbers"
+            )
         factors = per_stage(self.factors, n, "model.factors")
         kernels = per_stage(self.kernels, n, "model.kernels")
         dilations = counts(self.dilations, n, "model.dilations")

@@ -112,6 +112,6 @@ def counts(value: int | Sequence[int], n: int, key: str) -> tuple[int, ...]:
     """One number a stage, from one for all or from a list of n."""
     if isinstance(value, int):
         return (value,) * n
-    if len(value) == n:
-        return tuple(value)
+    if len(value) in (1, n):
+        return tuple(value) * (n // len(value))
     raise UserError(f"config: '{key}' needs one number, or {n} (one a stage); it is {tuple(value)}")
