@@ -144,13 +144,14 @@ def build(config: ConfigDict, tasks: Mapping[str, Any], rate: Callable, cuts: in
             f"config: optim.balance 'gradnorm' compares the gradients of the tasks' losses, and semi.method="
             f"'{config.semi.method}' adds one of its own to them; use 'uncertainty' or 'fixed'"
         )
-    # exp(-s) L + s / 2 has no minimum in s where L < 0: the weight of such a task grows without end.
-    for name, task in tasks.items() if optim.balance == "uncertainty" and len(tasks) > 1 else ():
+    # exp(-s) L + s / 2 has no minimum in s where L < 0: the weight of such a task grows without end. GradNorm's rate of
+    # training is the loss over the first one: of a loss that passes 0 it says nothing, and the task would starve.
+    for name, task in tasks.items() if optim.balance != "fixed" and len(tasks) > 1 else ():
         gaussian = getattr(task, "uncertainty", "") == "gaussian"
         if gaussian or getattr(task, "boundary", 0.0) > 0:
             what, cure = ("uncertainty='gaussian'", "'quantiles'") if gaussian else (f"boundary={task.boundary}", "0")
             raise UserError(
-                f"config: optim.balance 'uncertainty' needs losses of 0 and above, and that of '{name}' may be "
+                f"config: optim.balance '{optim.balance}' needs losses of 0 and above, and that of '{name}' may be "
                 f"negative ({what}); use optim.balance='fixed', or {cure} there"
             )
     return kinds[optim.balance if len(tasks) > 1 else "fixed"]()

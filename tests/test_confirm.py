@@ -21,6 +21,7 @@ from medjax.data.preprocess import prepare_case
 from medjax.errors import UserError
 from medjax.tasks import confirm
 from medjax.tasks.common import Found
+from medjax.tasks.detection import Detection
 from medjax.tasks.segmentation import Segmentation
 
 S = (20, 18, 16)
@@ -136,6 +137,19 @@ def test_a_wrong_rule_is_refused(table, words):
         confirm.rules(table, tasks)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_score_below_what_is_reported_is_refused():
+    """The findings that it asks for are never reported: it would act as the detector's `score_from`."""
+    nodules = Detection("nodules", score_from=0.3)
+    tasks = {"outline": Segmentation("outline", {"lesion": 1}), "nodules": nodules}
+    with pytest.raises(UserError) as caught:
+        confirm.rules({"outline": {"by": "nodules", "score": 0.2}}, tasks)
+    for word in ("eval.confirm.outline.score=0.2", "below 0.3", "eval.tasks.nodules.score_from", " tasks.nodules.sc"):
+        assert word in str(caught.value)
+    assert confirm.rules({"outline": {"by": "nodules", "score": 0.3}}, tasks) == {"outline": ("nodules", 0.3)}
+    lower = tasks | {"nodules": Detection("nodules", score_from=0.1)}
+    assert confirm.rules({"outline": {"by": "nodules", "score": 0.2}}, lower)
 
 
 def test_the_key_of_the_config():

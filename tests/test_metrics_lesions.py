@@ -57,6 +57,19 @@ def test_small_lesions_do_not_count_but_false_ones_do():
     assert lesions.lesion_metrics(cubes(BIG), cubes(BIG, small), (2, 2, 2), voxel=1.0).small == 1
 
 
+def test_a_lesion_found_badly_is_no_worse_than_one_missed():
+    """A volume longer than BraTS's: what touches the lesion reaches 600 mm away."""
+    reference, prediction = np.zeros((2, 640, 12, 12), bool)
+    reference[10:20, 3:9, 3:9] = True
+    prediction[10:620, 5:7, 5:7] = True
+    assert metrics.hausdorff(prediction, reference, convention="surface-distance") > lesions.PENALTY_MM
+    found = lesions.lesion_metrics(prediction, reference)
+    missed = lesions.lesion_metrics(prediction & False, reference)
+    assert (found.true_positives, missed.false_negatives) == (1, 1)
+    assert found.hd95 == missed.hd95 == 374
+    assert lesions.lesion_metrics(prediction, reference, penalty=600.0).hd95 > 374
+
+
 def test_neighbours_within_the_dilation_are_one_lesion():
     near = cubes(BIG, (17, 5, 5, 5))  # two voxels between them
     for dilation, count in ((3, 1), (0, 2)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -13,6 +14,11 @@ from medjax.data.cases import Case, Cohort, Finding
 from medjax.data.preprocess import Plan, fit, prepare_case
 from medjax.data.targets import instances, learn
 from medjax.errors import UserError
+from medjax.evaluate import check_targets
+from medjax.tasks.classification import Classification
+from medjax.tasks.detection import Detection
+from medjax.tasks.landmark import Landmark
+from medjax.tasks.regression import Regression
 
 
 @pytest.fixture
@@ -163,6 +169,35 @@ def test_numbers_that_cannot_be(image, targets, words):
     bad = case(image, "p07", **targets)
     with pytest.raises(UserError, match=f"case p07: .*{words}"):
         prepare_case(bad, fitted(bad))
+
+
+@pytest.mark.parametrize(
+    ("task", "value", "words"),
+    [
+        (Detection("t", ("a",)), (Finding((1.0, 2.0, 3.0), label=2),), "finding 1: label 2; the task has 1 to 1"),
+        (Detection("t", ("a",), (("m", "binary"),)), (Finding((1.0, 2.0, 3.0), attributes={"m": 5.0}),),
+         "case b, finding 1: attribute 'm' is 5; it takes 0 to 1"),
+        (Detection("t", ("a",), (("m", "binary"),), columns=("k",)), (Finding((1.0, 2.0, 3.0)),), "columns=\\('k',\\)"),
+        (Landmark("t", ("p", "q")), (Finding((1.0, 2.0, 3.0), label=0),), "b has a landmark 0; the task has 1 to 2"),
+        (Landmark("t", ("p", "q")), (Finding((1.0, 2.0, 3.0), label=3),), "case b has a landmark 3"),
+        (Landmark("t", ("p",)), (Finding((1.0, 2.0, 3.0)),) * 2, "case b has the same landmark twice"),
+        (Landmark("t", ("p",)), 1, "case b: the target of task 't' must be findings"),
+        (Classification("t", ("no", "yes")), 2, "case b is of class 2; the task has 0 to 1 .*Correct"),
+        (Classification("t", ("x", "y"), "multilabel"), (1.0, 0.0, 1.0), "case b has .*it takes 2 numbers"),
+        (Classification("t", ("x", "y"), "multilabel"), (5.0, 0.0), "each 0, 1 or NaN"),
+        (Regression("t", ("v", "w")), (1.0,), "case b has .*it takes 2 finite number"),
+    ],
+)  # fmt: skip
+def test_what_is_evaluated_is_checked_before_it_is_predicted(task, value, words):
+    """From the values in the cohort alone: no file is read, for there is none."""
+    right = {"findings": (Finding((1.0, 2.0, 3.0)),), "class": 1, "number": 0.5, "vector": (1.0, 0.0)}
+    kind = "vector" if task.width else task.targets[0]
+    plan = SimpleNamespace(kinds={"t": kind}, columns={"t": ("m",) if getattr(task, "attributes", ()) else ()})
+    good, bad = (Case(id, id, {}, {"t": v}) for id, v in (("a", right[kind]), ("b", value)))
+    if "columns" not in words:
+        check_targets({"t": task}, plan, [good, Case("c", "c", {}, {})])
+    with pytest.raises(UserError, match=words):
+        check_targets({"t": task}, plan, [bad])
 
 
 def test_kinds_agree_over_a_cohort(image):

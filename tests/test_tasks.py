@@ -286,6 +286,15 @@ def test_segmentation_learns_class_weights(capsys):
     assert Segmentation("t2", LABELS).fit(known(np.where(mask == 0, 4, mask))) == {}
 
 
+@pytest.mark.parametrize("shape", [(256, 256, 60), (1024, 1024, 2)])
+def test_class_weights_count_every_plane(shape):
+    """The last axis lies next to each other in memory: every n-th voxel would meet some of its planes alone."""
+    mask = np.zeros(shape, np.uint8)
+    mask[..., ::3] = 1
+    learnt = Segmentation("even", {"organ": 1}, balance="inverse").fit(known(mask))
+    np.testing.assert_allclose(learnt["class_weights"], mask.size / 2 / np.bincount(mask.ravel()))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -13,6 +13,7 @@ import optax
 import pytest
 from scipy.spatial.transform import Rotation
 
+from medjax.augment import policy
 from medjax.data.pipeline import Source
 from medjax.data.sampler import Sampler, cut
 from medjax.data.targets import instances
@@ -63,6 +64,12 @@ def test_places_and_sizes_come_from_the_mask():
     np.testing.assert_allclose(mirrored.centre[0, :2, 0], S[0] - 1 - found.centre[0, :2, 0], rtol=1e-4)
     none = locate(mask, 0)
     assert none.centre.shape == (2, 0, 3)
+
+
+def test_places_are_exact_on_every_device():
+    """A product of matrices has 8 to 11 bits on an accelerator: no centre may be one of its."""
+    program = str(jax.make_jaxpr(lambda mask: locate(mask, 2))(jnp.zeros((1, *S), jnp.int32)))
+    assert "dot_general" not in program
 
 
 def test_one_voxel_is_a_finding_of_one_voxel():
@@ -312,6 +319,48 @@ def test_a_finding_that_reaches_beyond_the_volume_is_noted(capsys):
     assert note([0, 0, 0, 0, 0, 0, 1]).count("reach") == 0  # a point
 
 
+def test_a_finding_that_others_hide_is_noted(capsys):
+    """As much of it as the instance mask does not show."""
+    pairs = ([[12, 10, 8, 12, 12, 12, 1], [16, 10, 8, 12, 12, 12, 1]],
+             [[12, 10, 8, 12, 9, 12, 1], [14, 10, 8, 6, 6, 6, 1]],
+             [[12, 10, 8, 0, 0, 0, 1], [13, 10, 8, 0, 0, 0, 1]], [[12, 10, 8, 12, 12, 12, 1], [9, 10, 8, 0, 0, 0, 1]],
+             [[5, 10, 8, 4, 4, 4, 1], [16, 10, 8, 4, 4, 4, 1]])  # fmt: skip
+    affine = np.eye(4)
+    for pair in pairs:
+        rows = np.array(pair, np.float32)
+        alone = [(instances(rows[i : i + 1], affine, S, "c") > 0).sum() for i in range(2)]
+        together = np.bincount(instances(rows, affine, S, "c").ravel(), minlength=3)[1:]
+        np.testing.assert_allclose(findings.hidden(rows, affine), 1 - together / np.array(alone), atol=0.13)
+    tables = [np.array(pair, np.float32) for pair in (pairs[-1], pairs[0])]
+    Detection("crowd", ("a",)).fit([Known(f"c{i}", t, S, ()) for i, t in enumerate(tables)])
+    said = capsys.readouterr().err
+    assert "task 'crowd': others hide more than a tenth of 1 of 4 findings (the first: case c1, finding 1)" in said
+    Detection("apart", ("a",)).fit([Known("c0", tables[0], S, ())])
+    assert "hide" not in capsys.readouterr().err
+    near = np.array(pairs[2], np.float32)
+    near[1, LABEL] = 2
+    Landmark("near", ("p", "q")).fit([Known("c0", near, S, ())])
+    assert "task 'near': others hide more than a tenth of 2 of 2 findings" in capsys.readouterr().err
+
+
+def test_attributes_of_other_columns_are_not_read():
+    """The columns of another run, or of the table before it gained an attribute: one would be read for another."""
+    columns = ("calcification", "malignant")
+    data = known([[5, 5, 5, 4, 4, 4, 1, 6, 0], [9, 9, 9, 9, 9, 9, 2, 5, 1]], columns=columns)
+    other = dataclasses.replace(SIMPLE, columns=("malignant",))
+    words = r"tasks\.\w+\.columns=\('malignant',\): the findings of case c0 have .*'calcification'.*Leave columns out"
+    with pytest.raises(UserError, match=words):
+        other.fit(data)
+    with pytest.raises(UserError, match=words):
+        other.check_target(data[0]._replace(shape=None))
+    learnt = SIMPLE.fit(data)
+    assert learnt["columns"] == columns
+    again = dataclasses.replace(SIMPLE, **learnt)
+    assert again.fit(data) == {}  # an unchanged run goes on
+    assert again._column(data[0].value, "malignant").tolist() == [0, 1]
+    assert dataclasses.replace(SIMPLE, attributes=(), columns=("malignant",)).fit(data)["typical"] > 0  # reads none
+
+
 def test_detection_learns_and_refuses():
     rows = [[5, 5, 5, 4, 4, 4, 1, 0], [9, 9, 9, 9, 9, 9, 2, 1]]
     learnt = SIMPLE.fit(known(rows, []))
@@ -330,7 +379,8 @@ def test_detection_learns_and_refuses():
         (with_(2, math.nan), "must be finite"),
         (with_(4, -1.0), "not negative"),
         (with_(6, 3), r"label 3; the task has 1 to 2 \(a, b\)"),
-        (with_(7, 2), "attribute 'malignant' is 2 in some finding; it takes 0 to 1"),
+        (with_(7, 2), "case c0, finding 2: attribute 'malignant' is 2; it takes 0 to 1"),
+        (with_(7, math.inf), "case c0, finding 2: attribute 'malignant' is not finite"),
         (known(rows, columns=("texture",)), "no finding has an attribute 'malignant'; there are: texture"),
         (known([]), "no training case has a finding"),
         (known([[*row[:7], math.nan] for row in rows]), "unknown in every finding"),
@@ -507,6 +557,30 @@ def test_a_landmark_survives_augmentation(labels):
     assert found["t/state"].tolist() == [[1, -1, -1]] * n
     wanted = np.linalg.solve(turn, (rows[0, :3] - middle - shift)[..., None])[..., 0] + middle
     assert np.linalg.norm(found["t/centre"][:, 0] - wanted, axis=1).mean() < 0.35
+
+
+def test_what_the_patch_cut_is_never_whole_again():
+    """A finding cut by the patch and turned away from its border has another centre and size: neither is taught."""
+    n = 32
+    mask = np.zeros((n, 24, 24, 24), np.uint16)
+    mask[:, :4, 8:16, 8:16] = 1  # half of it is outside
+    mask[:, 10:16, 10:16, 10:16] = 2
+    table = np.full((n, 2, 8), np.nan, np.float32)
+    table[:, :, :7], table[:, 1, LABEL] = 1, 2
+    batch = {"image": np.zeros((n, 24, 24, 24, 1), np.float32), "example": np.arange(n, dtype=np.uint32)}
+    batch |= {"t/target": mask, "t/table": table}
+    rules = {"transforms": (("scale", {"factor": (0.5, 0.8)}), ("noise", {}), ("rotate", {"degrees": 20.0}))}
+
+    @jax.jit
+    def states(batch):
+        moved = policy.build(rules, ("t",), 0)(batch)
+        prepared = [task.prepare(jax.random.key(0), moved)["t/state"] for task in (Detection("t", ("a", "b")), POINTS)]
+        return *prepared, findings.locate(moved["t/target"], 2).state
+
+    detection, landmark, unaware = states(batch)
+    assert (unaware[:, 0] == findings.WHOLE).sum() > n // 2  # to the mask alone it looks whole
+    assert detection.tolist() == [[findings.CUT, findings.WHOLE]] * n
+    assert landmark.tolist() == [[-1, 1, -1]] * n
 
 
 def test_a_missed_landmark_never_improves_the_mean():

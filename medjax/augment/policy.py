@@ -110,7 +110,8 @@ def build(config: Mapping[str, Any], tasks: Sequence[str], seed: int | Array) ->
       seed: of the run, or a key.
 
     The function wants a batch as in docs/design.md ('modality' and 'spacing' may be lacking), works under `jax.jit`
-    and inside a `jax.shard_map` over the batch axis, and returns arrays of the same shapes and types.
+    and inside a `jax.shard_map` over the batch axis, and returns arrays of the same shapes and types; with tables of
+    instances also which the patch had cut (`spatial.apply`).
     """
     transforms, labels = parse(config)
     if not transforms:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from medjax.augment.base import INSIDE, Batch, Draws, Scene, Transform, axes, interval, number, share, triple
 from medjax.errors import UserError
@@ -283,6 +283,9 @@ def apply(batch: Batch, transforms: Sequence[Transform], joined: Joined, masks: 
 
     Args:
       joined: of `join`, with the axis [B] in front. labels: how masks are taken, see `warp.warp_mask`.
+
+    Where a mask numbers the instances of `<task>/table` [B, M, ...], `<task>/cut` bool [B, M] then says which of them
+    the patch had cut before it was turned, stretched or bent.
     """
     pose = joined.pose
     out = {**batch, "image": warp.warp_image(batch["image"], pose)}
@@ -293,19 +296,31 @@ def apply(batch: Batch, transforms: Sequence[Transform], joined: Joined, masks: 
             out[key] = warp.warp_image(batch[key][..., None], pose)[..., 0]
             continue
         out[key] = warp.warp_mask(batch[key], pose, labels)
-        table = f"{key.removesuffix('/target')}/table"
+        task = key.removesuffix("/target")
+        table = f"{task}/table"
+        if table in batch and not all(isinstance(t, Mirror) for t in transforms):
+            # What the patch cuts may be turned away from its border, and would then pass for whole.
+            cut = at_border(batch[key], batch[table].shape[1])
+            out[f"{task}/cut"] = batch[f"{task}/cut"] | cut if f"{task}/cut" in batch else cut
         for transform, flipped in zip(transforms, joined.flipped, strict=True):
             if not isinstance(transform, Mirror):
                 continue
             if table in batch:
                 # The mask says which finding, the table which side.
-                pairs = [p[-2:] for p in transform.swap if p[0] == key.removesuffix("/target")]
+                pairs = [p[-2:] for p in transform.swap if p[0] == task]
                 names = out[table][..., _LABEL]
                 sides = jnp.where(flipped[:, :1], _swapped(names, pairs), names)
                 out[table] = out[table].at[..., _LABEL].set(sides) if pairs else out[table]
             elif pairs := _pairs(transform.swap, key, batch[key].dtype):
                 out[key] = chosen(lambda m, pairs=pairs: _swapped(m, pairs), flipped[:, 0], out[key])
     return out
+
+
+def at_border(mask: Array, count: int) -> Array:
+    """bool [B, count]: whether instance i + 1 of a mask int [B, X, Y, Z] touches the patch's border."""
+    faces = [lax.index_in_dim(mask, end, axis, keepdims=False) for axis in (1, 2, 3) for end in (0, -1)]
+    shown = jnp.concatenate([face.reshape(len(mask), -1) for face in faces], axis=1)
+    return (shown[:, None] == jnp.arange(1, count + 1, dtype=mask.dtype)[:, None]).any(axis=2)
 
 
 def _pairs(swap: Sequence[tuple[Any, ...]], key: str, dtype: Any) -> list[tuple[int, int]]:

@@ -107,6 +107,28 @@ def as_array(value: Any, kind: str, task: str, case: str) -> np.ndarray:
     return vector.astype(np.float32)
 
 
+def declared(case: Case, task: str, kinds: Mapping[str, str], columns: Mapping[str, Sequence[str]]) -> Any:
+    """A case's target as `encode` gives it, before the case is prepared; None for a mask, or where it has none.
+
+    Of findings the places are world mm and not compared with the volume. kinds, columns: from `learn`.
+    """
+    value: Any = case.targets.get(task)
+    kind = kinds.get(task) or (None if value is None else kind_of(value))
+    if value is None or isinstance(value, Path) or kind == "mask":
+        return None
+    if kind != "findings":
+        return as_array(value, str(kind), task, case.id)
+    _check_findings(value, task, case.id)
+    named = columns.get(task, ())
+    rows = [(*f.center, *f.size, f.label, *(f.attributes.get(name, np.nan) for name in named)) for f in value]
+    return np.asarray(rows, np.float64).reshape(-1, FIXED_COLUMNS + len(named))
+
+
+def _check_findings(value: Any, task: str, case: str) -> None:
+    if not isinstance(value, Sequence) or kind_of(value) != "findings":
+        raise UserError(f"case {case}: the target of task {task!r} must be findings, not {value!r}. Correct it.")
+
+
 def findings_array(
     findings: Sequence[Finding],
     columns: Sequence[str],
@@ -279,8 +301,7 @@ def encode(
         if kind != "findings":
             values[task] = as_array(value, kind, task, case.id)
             continue
-        if not isinstance(value, Sequence) or kind_of(value) != "findings":
-            raise UserError(f"case {case.id}: the target of task {task!r} must be findings, not {value!r}. Correct it.")
+        _check_findings(value, task, case.id)
         named = columns[task] if task in columns else sorted({name for f in value for name in f.attributes})
         values[task] = findings_array(value, named, affine, file_affine, file_shape, task, case.id)
         masks[task] = instances(values[task], affine, shape, case.id)

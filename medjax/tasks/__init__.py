@@ -56,19 +56,19 @@ READING = {
 
 
 class Known(NamedTuple):
-    """The target of one training case, as prepared.
+    """The target of one case, as prepared, or as the cohort has it.
 
     Attributes:
       case: its id, for messages.
       value: mask int [X, Y, Z]; class int []; number float []; vector float [K]; findings float [M, 7 + A].
-      shape: of the prepared grid.
+      shape: of the prepared grid; None where the case is not prepared: places are then not known in its voxels.
       columns: names of the A attributes of findings.
       geometry: the way back (`affine`: prepared voxel -> world mm); None: voxels of 1 mm along the world's axes.
     """
 
     case: str
     value: np.ndarray
-    shape: tuple[int, int, int]
+    shape: tuple[int, int, int] | None
     columns: tuple[str, ...] = ()
     geometry: Any = None
 
@@ -118,6 +118,9 @@ class Task(Protocol):
         Raises:
           UserError: no target at all, a class out of range or not finite, a class without an example...
         """
+
+    def check_target(self, one: Known) -> None:
+        """Raises UserError, naming task and case, for a target that the task cannot be taught or scored with."""
 
     def prepare(self, key: Array, batch: dict[str, Array]) -> dict[str, Array]:
         """The batch with this task's targets in the form its loss takes; runs on the device, inside jit.

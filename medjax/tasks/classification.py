@@ -121,6 +121,8 @@ class Classification(Defaults):
 
     def fit(self, known: Sequence[Any]) -> dict[str, Any]:
         """Checks the classes; learns class weights where `balance` asks for them."""
+        for one in known:
+            self.check_target(one)
         counts = self._count_answers(known) if self.problem == "multilabel" else self._count_classes(known)
         if self.balance == "none" or self.class_weights:
             return {}
@@ -130,16 +132,23 @@ class Classification(Defaults):
             return {"class_weights": tuple(float(p / n) for n, p in pairs)}
         return {"class_weights": tuple(float(w) for w in weighting.class_weights(counts, self.balance))}
 
+    def check_target(self, one: Any) -> None:
+        values = np.asarray(one.value)
+        if self.problem == "multilabel":
+            if values.shape != (len(self.names),) or not np.isin(values[~np.isnan(values)], (0, 1)).all():
+                raise UserError(
+                    f"task '{self.name}': case {one.case} has {values.tolist()}; it takes {len(self.names)} numbers "
+                    f"({', '.join(self.names)}), each 0, 1 or NaN (unknown)"
+                )
+        elif values.ndim or values % 1 or not 0 <= int(values) < len(self.names):
+            raise UserError(
+                f"task '{self.name}': case {one.case} is of class {values}; the task has 0 to {len(self.names) - 1} "
+                f"({', '.join(self.names)}). Correct the target or tasks.{self.name}.names."
+            )
+
     def _count_classes(self, known: Sequence[Any]) -> np.ndarray:
         """Cases of each class, [K]; for 'binary' [1, 2]."""
-        seen: Counter[int] = Counter()
-        for one in known:
-            if one.value.ndim or not 0 <= int(one.value) < len(self.names):
-                raise UserError(
-                    f"task '{self.name}': case {one.case} is of class {one.value}; the task has 0 to "
-                    f"{len(self.names) - 1} ({', '.join(self.names)}). Correct the target or tasks.{self.name}.names."
-                )
-            seen[int(one.value)] += 1
+        seen = Counter(int(one.value) for one in known)
         missing = [name for i, name in enumerate(self.names) if not seen[i]]
         if len(seen) < 2:
             raise UserError(
@@ -155,13 +164,6 @@ class Classification(Defaults):
 
     def _count_answers(self, known: Sequence[Any]) -> np.ndarray:
         """Negatives and positives of each answer, [K, 2]."""
-        for one in known:
-            values = one.value
-            if values.shape != (len(self.names),) or not np.isin(values[~np.isnan(values)], (0, 1)).all():
-                raise UserError(
-                    f"task '{self.name}': case {one.case} has {values.tolist()}; it takes {len(self.names)} numbers "
-                    f"({', '.join(self.names)}), each 0, 1 or NaN (unknown)"
-                )
         values = np.stack([one.value for one in known])
         counts = np.stack([(values == 0).sum(axis=0), (values == 1).sum(axis=0)], axis=1).astype(np.float64)
         for name, (negative, positive) in zip(self.names, counts, strict=True):

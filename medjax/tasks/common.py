@@ -34,6 +34,9 @@ class Defaults:
     def activation(self) -> Activation:
         return ""
 
+    def check_target(self, one: Any) -> None:
+        pass  # masks are checked where they are read
+
     def reference(self, value: np.ndarray, geometry: Any = None) -> Any:
         return value
 

@@ -33,7 +33,8 @@ def rules(config: Mapping[str, Any], tasks: Mapping[str, Any]) -> Rules:
       config: task -> `{'by': task, 'score': least score}`. tasks: of the run, by name.
 
     Raises:
-      UserError: a task that there is not, that has no masks or no findings; an option missing or out of range.
+      UserError: a task that there is not, that has no masks or no findings; an option missing or out of range; a score
+        below the least that findings are reported with.
     """
     read = {}
     for name, rule in config.items():
@@ -52,6 +53,12 @@ def rules(config: Mapping[str, Any], tasks: Mapping[str, Any]) -> Rules:
             raise UserError(f"{where}.by='{by}': no task of that name with findings; there are: {', '.join(others)}")
         if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
             raise UserError(f"{where}.score={score!r}: a least score is a number from 0 to 1")
+        if score < (least := getattr(tasks[by], "score_from", 0.0)):
+            raise UserError(
+                f"{where}.score={score!r}: '{by}' reports no finding below {least} (score_from), so it would act as "
+                f"{least}. Raise the score, or lower eval.tasks.{by}.score_from (for validation while training as "
+                f"well, tasks.{by}.score_from)"
+            )
         read[name] = (by, float(score))
     return read
 

@@ -149,16 +149,15 @@ class Detection(Defaults):
                     f"task '{self.name}': no finding has an attribute '{name}'; there are: "
                     f"{', '.join(columns) or 'none'}"
                 )
-        seen = np.zeros(len(self.names), int)
         for one in known:
-            self._check(one, seen)
+            self.check_target(one)
         rows = np.concatenate([one.value for one in known]).astype(np.float64)
         if not len(rows):
             raise UserError(
                 f"task '{self.name}': no training case has a finding, so there is nothing to learn. Check the targets, "
                 "or leave the task out."
             )
-        missing = [name for name, count in zip(self.names, seen, strict=True) if not count]
+        missing = [name for number, name in enumerate(self.names, 1) if number not in rows[:, LABEL]]
         if missing:
             warn_once(f"task '{self.name}': no training case has {', '.join(missing)}; the network cannot learn it")
         sizes = rows[:, 3:6][(rows[:, 3:6] > 0).all(axis=1)]
@@ -168,11 +167,15 @@ class Detection(Defaults):
                 "nothing, so they always count as missed: give them the size within which a candidate is right"
             )
         self._note_cut(known, len(rows))
+        findings.note_hidden(self.name, known)
         moments = []
         for name, kind in self.attributes:
             values = rows[:, LABEL + 1 + columns.index(name)]
             values = values[~np.isnan(values)]
-            self._check_attribute(name, kind, values)
+            if not len(values):
+                raise UserError(f"task '{self.name}': attribute '{name}' is unknown in every finding; leave it out")
+            if kind != "number" and len(np.unique(values)) < 2:
+                warn_once(f"task '{self.name}': attribute '{name}' is {values[0]:g} in every finding")
             scale = float(values.std()) if kind == "number" else 1.0
             moments.append((float(values.mean()) if kind == "number" else 0.0, scale or 1.0))
         learnt = {
@@ -182,7 +185,13 @@ class Detection(Defaults):
         }
         return {k: v for k, v in learnt.items() if not getattr(self, k)}
 
-    def _check(self, one: Any, seen: np.ndarray) -> None:
+    def check_target(self, one: Any) -> None:
+        # By another order of columns one attribute would be read for another.
+        if self.attributes and self.columns and tuple(self.columns) != tuple(one.columns):
+            raise UserError(
+                f"{self.where('columns')}={tuple(self.columns)}: the findings of case {one.case} have the attributes "
+                f"{tuple(one.columns)}. Leave columns out, or give every finding those attributes and no other"
+            )
         rows = np.asarray(one.value, np.float64)
         if rows.ndim != 2 or rows.shape[1] != LABEL + 1 + len(one.columns):
             raise UserError(
@@ -194,7 +203,7 @@ class Detection(Defaults):
                 raise UserError(
                     f"{where}: place, size and label must be finite, sizes not negative: {row[:7].tolist()}"
                 )
-            if ((row[:3] < -0.5) | (row[:3] > np.asarray(one.shape) - 0.5)).any():
+            if one.shape is not None and ((row[:3] < -0.5) | (row[:3] > np.asarray(one.shape) - 0.5)).any():
                 place = ", ".join(f"{v:.1f}" for v in row[:3])
                 raise UserError(
                     f"{where}: its centre, voxel ({place}) of the prepared volume {tuple(one.shape)}, lies outside the "
@@ -202,9 +211,11 @@ class Detection(Defaults):
                 )
             if not 1 <= row[LABEL] <= len(self.names) or row[LABEL] % 1:
                 raise UserError(
-                    f"{where}: label {row[LABEL]:g}; the task has 1 to {len(self.names)} ({', '.join(self.names)})"
+                    f"{where}: label {row[LABEL]:g}; the task has 1 to {len(self.names)} ({', '.join(self.names)}). "
+                    f"Correct the target or tasks.{self.name}.names."
                 )
-            seen[int(row[LABEL]) - 1] += 1
+            for name, kind in self.attributes if one.columns else ():
+                self._check_attribute(where, name, kind, float(row[LABEL + 1 + tuple(one.columns).index(name)]))
 
     def _note_cut(self, known: Sequence[Any], count: int) -> None:
         """Notes findings that reach by more than a voxel beyond the prepared volume their centres lie in."""
@@ -221,25 +232,20 @@ class Detection(Defaults):
                 "inside; check their sizes, which are full extents in mm, and the cropping"
             )
 
-    def _check_attribute(self, name: str, kind: Any, values: np.ndarray) -> None:
-        if not len(values):
-            raise UserError(f"task '{self.name}': attribute '{name}' is unknown in every finding; leave it out")
-        if not np.isfinite(values).all():
-            raise UserError(f"task '{self.name}': attribute '{name}' is not finite in some finding (NaN: unknown)")
-        if kind == "number":
+    def _check_attribute(self, where: str, name: str, kind: Any, value: float) -> None:
+        if math.isinf(value):
+            raise UserError(f"{where}: attribute '{name}' is not finite (NaN: unknown)")
+        if kind == "number" or math.isnan(value):
             return
         top = 1 if kind == "binary" else kind - 1
-        if ((values < 0) | (values > top) | (values % 1 != 0)).any():
-            odd = values[(values < 0) | (values > top) | (values % 1 != 0)][0]
-            raise UserError(f"task '{self.name}': attribute '{name}' is {odd:g} in some finding; it takes 0 to {top}")
-        if len(np.unique(values)) < 2:
-            warn_once(f"task '{self.name}': attribute '{name}' is {values[0]:g} in every finding")
+        if not 0 <= value <= top or value % 1:
+            raise UserError(f"{where}: attribute '{name}' is {value:g}; it takes 0 to {top}")
 
     def prepare(self, key: Array, batch: dict[str, Array]) -> dict[str, Array]:
         """Adds where the instances of the patch lie: `<task>/centre`, `<task>/extent` f32[B, M, 3] in voxels, and
         `<task>/state` i32[B, M] (`medjax.tasks.findings`)."""
         table = batch[f"{self.name}/table"]
-        found = findings.locate(batch[f"{self.name}/target"], table.shape[1])
+        found = findings.locate(batch[f"{self.name}/target"], table.shape[1], batch.get(f"{self.name}/cut"))
         labelled = (table[..., LABEL] >= 1) & (table[..., LABEL] <= len(self.names))
         state = jnp.where(labelled, found.state, findings.ABSENT)
         return {

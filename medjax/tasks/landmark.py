@@ -82,25 +82,33 @@ class Landmark(Defaults):
         """Checks the landmarks; learns nothing."""
         seen: set[int] = set()
         for one in known:
-            labels = np.asarray(one.value, np.float64)[:, LABEL].tolist()
-            wrong = [v for v in labels if v not in range(1, len(self.names) + 1)]
-            if wrong:
-                raise UserError(
-                    f"task '{self.name}': case {one.case} has a landmark {wrong[0]:g}; the task has 1 to "
-                    f"{len(self.names)} ({', '.join(self.names)})"
-                )
-            if len(set(labels)) < len(labels):
-                raise UserError(f"task '{self.name}': case {one.case} has the same landmark twice")
-            places = np.asarray(one.value, np.float64)[:, :3]
-            if (~np.isfinite(places) | (places < -0.5) | (places > np.asarray(one.shape) - 0.5)).any():
-                raise UserError(f"task '{self.name}': case {one.case} has a landmark outside its volume {one.shape}")
-            seen |= set(labels)
+            self.check_target(one)
+            seen |= set(np.asarray(one.value)[:, LABEL].tolist())
         if not seen:
             raise UserError(f"task '{self.name}': no training case has a landmark, so there is nothing to learn")
         missing = [name for i, name in enumerate(self.names, 1) if i not in seen]
         if missing:
             warn_once(f"task '{self.name}': no training case has {', '.join(missing)}; the network cannot learn it")
+        findings.note_hidden(self.name, known)
         return {}
+
+    def check_target(self, one: Any) -> None:
+        rows = np.asarray(one.value, np.float64)
+        labels = rows[:, LABEL].tolist()
+        wrong = [v for v in labels if v not in range(1, len(self.names) + 1)]
+        if wrong:
+            raise UserError(
+                f"task '{self.name}': case {one.case} has a landmark {wrong[0]:g}; the task has 1 to "
+                f"{len(self.names)} ({', '.join(self.names)}). Correct the target or tasks.{self.name}.names."
+            )
+        if len(set(labels)) < len(labels):
+            raise UserError(
+                f"task '{self.name}': case {one.case} has the same landmark twice. Leave one of them in the target."
+            )
+        places = rows[:, :3]
+        outside = one.shape is not None and ((places < -0.5) | (places > np.asarray(one.shape) - 0.5)).any()
+        if outside or not np.isfinite(places).all():
+            raise UserError(f"task '{self.name}': case {one.case} has a landmark outside its volume {one.shape}")
 
     def prepare(self, key: Array, batch: dict[str, Array]) -> dict[str, Array]:
         """Adds the landmarks' places in the patch, `<task>/centre` f32[B, L, 3] (voxels), and `<task>/state` i32[B, L].
@@ -109,7 +117,7 @@ class Landmark(Defaults):
         is left of it is another; 0 where it lies outside the patch, 1 inside.
         """
         table = batch[f"{self.name}/table"]
-        found = findings.locate(batch[f"{self.name}/target"], table.shape[1])
+        found = findings.locate(batch[f"{self.name}/target"], table.shape[1], batch.get(f"{self.name}/cut"))
         own = table[..., LABEL, None] == jnp.arange(1, self.outputs + 1)  # [B, M, L]
         centre = jnp.einsum("bml,bma->bla", own.astype(jnp.float32), found.centre, precision="highest")
         whole, cut = ((own & (found.state == state)[..., None]).any(axis=1) for state in (findings.WHOLE, findings.CUT))

@@ -117,12 +117,7 @@ class Regression(Defaults):
     def fit(self, known: Sequence[Any]) -> dict[str, Any]:
         """Checks the numbers; learns their mean and standard deviation."""
         for one in known:
-            values = np.atleast_1d(one.value)
-            if values.shape != (len(self.numbers),) or np.isinf(values).any():
-                raise UserError(
-                    f"task '{self.name}': case {one.case} has {np.asarray(one.value).tolist()}; it takes "
-                    f"{len(self.numbers)} finite number(s) ({', '.join(self.numbers)}), NaN where unknown"
-                )
+            self.check_target(one)
         table = np.stack([np.atleast_1d(one.value) for one in known]).astype(np.float64)
         for number, name in enumerate(self.numbers):
             seen = table[~np.isnan(table[:, number]), number]
@@ -135,6 +130,14 @@ class Regression(Defaults):
                 )
         learnt = {"centre": np.nanmean(table, axis=0), "scale": np.nanstd(table, axis=0)}
         return {k: tuple(float(x) for x in v) for k, v in learnt.items() if not getattr(self, k)}
+
+    def check_target(self, one: Any) -> None:
+        values = np.atleast_1d(one.value)
+        if values.shape != (len(self.numbers),) or np.isinf(values).any():
+            raise UserError(
+                f"task '{self.name}': case {one.case} has {np.asarray(one.value).tolist()}; it takes "
+                f"{len(self.numbers)} finite number(s) ({', '.join(self.numbers)}), NaN where unknown"
+            )
 
     def prepare(self, key: Array, batch: dict[str, Array]) -> dict[str, Array]:
         """Numbers [B] or [B, K] -> standardised f32[B, K]."""
