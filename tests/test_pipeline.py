@@ -185,6 +185,45 @@ def test_what_the_sampling_keys_mean(source: Source) -> None:
                 sampler_of(source, **{wrong: value})
 
 
+def with_findings(count: int, ignore: int | None = None) -> Source:
+    """A case of a mask with labels 1 and 2, and of findings numbered 1 to `count`, a voxel each."""
+    numbered = np.zeros((16, 16, 16), np.uint16)
+    for i in range(count):
+        numbered[2 * i + 1, 3, 3] = i + 1
+    mask = np.zeros((16, 16, 16), np.uint8)
+    mask[8, 8, 8], mask[9, 9, 9] = 1, 2
+    case = SimpleNamespace(
+        image=np.zeros((16, 16, 16, 1), np.float32),
+        targets={"organ": mask, "nodules": numbered},
+        values={"nodules": np.array([[2 * i + 1, 3, 3, 1, 1, 1, 2] for i in range(count)], np.float32)},
+        geometry=SimpleNamespace(spacing=(1.0, 1.0, 1.0), affine=np.eye(4)),
+        present=(True,),
+    )
+    return Source([case], ("organ", "nodules"), ignore)
+
+
+def test_a_patch_is_centred_on_every_finding() -> None:
+    """Instance masks hold numbers of rows: the value that is ignored in masks is none of theirs."""
+    source = with_findings(4, ignore=3)
+    assert sorted(int(p[0]) for voxels in source.centres(0, ("nodules", 1)) for p in voxels) == [1, 3, 5, 7]
+
+
+def test_classes_to_sample_are_labels_of_masks_and_tasks_of_findings() -> None:
+    source, cases = with_findings(2), [Case("0", "0", {}, {}, {})]
+
+    def classes(wanted: Any) -> Any:
+        sampling = {**PRESENT, "classes": wanted}
+        labels = {"organ": 1, "tumour": 2}
+        return make_sampler(0, source, cases, foreground=0.5, sampling=sampling, labels=labels).classes
+
+    assert classes({"organ": 2.0}) == {("organ", 1): 2.0}
+    assert classes({"tumour": 2.0, "nodules": 1.0}) == {("organ", 2): 2.0, ("nodules", 1): 1.0}
+    with pytest.raises(UserError, match="no label or task of findings 'nodule'; did you mean 'nodules'"):
+        classes({"nodule": 1.0})
+    with pytest.raises(UserError, match="no label with a weight is in the training cases"):
+        classes({"organ": 0.0})
+
+
 def test_a_balanced_patch_holds_its_class(source: Source) -> None:
     sampler = make_sampler(
         3, source, ATTRIBUTES, foreground=1.0, sampling={**PRESENT, "classes": "balanced"}, labels={}

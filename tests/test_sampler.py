@@ -69,6 +69,16 @@ def test_a_patch_stays_inside_or_covers_the_volume(example: int, shape: tuple, p
         assert cut(target, start, patch).any()
 
 
+@pytest.mark.parametrize("length", [24, 30, 31, 32])
+@pytest.mark.parametrize("overhang", [(3, 0), (0, 3), (3, 3)])
+def test_a_volume_that_fits_loses_nothing_to_the_overhang(length: int, overhang: tuple[int, int]) -> None:
+    starts = {int(Sampler(0, 1, 0.0).start(n, (length,) * 3, (32,) * 3, [], [overhang] * 3)[0]) for n in range(60)}
+    assert all(start <= 0 and start + 32 >= length for start in starts)
+    # What touches the border has a voxel of padding there, in some patches.
+    assert not overhang[0] or min(starts) < 0 or length == 32
+    assert not overhang[1] or max(starts) + 32 > length or length == 32
+
+
 def test_patches_reach_every_corner_and_every_class() -> None:
     sampler = Sampler(seed=0, n_cases=1, foreground=0.0)
     starts = np.array([sampler.start(n, (12, 12, 12), (8, 8, 8), []) for n in range(300)])

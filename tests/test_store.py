@@ -646,6 +646,12 @@ def test_tfds_reads_it(mixed: cohorts.Cohort, tmp_path: Path) -> None:
     assert store.prepare(tmp_path, "My cohort (v2)", plan, {"train": mixed.cases})[1] != folder
 
 
+def test_what_is_ignored_in_masks_is_no_number_of_a_finding(mixed: cohorts.Cohort, tmp_path: Path) -> None:
+    plan = replace(preprocess.fit({"spacing": (4.0, 4.0, 4.0)}, mixed, mixed.cases), ignore=2)
+    (case,) = build(tmp_path, plan, mixed.cases[2:3])
+    assert sorted(case.points["nodules"]) == [1, 2]
+
+
 def test_reading_needs_no_tensorflow(cohort: cohorts.Cohort, plan: preprocess.Plan, tmp_path: Path) -> None:
     _, folder = store.prepare(tmp_path / "a", "Spheres", plan, {"train": cohort.cases})
     code = BLOCK.replace("'nilearn'", "'nilearn', 'jax', 'array_record'") + (

@@ -140,11 +140,55 @@ def test_canvases_are_reproducible_and_keyed(nodules: Path, tmp_path: Path, canv
         ({"n_train": -1}, "n_train is -1"),
         ({"n_train": 0, "n_val": 0, "n_test": 0}, "at least one case"),
         ({"workers": 0}, "workers is 0"),
+        ({"n_train": "6"}, "n_train is '6'"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"size": "big"}, "64 voxels"),
+        ({"share": "half"}, "validation"),
+        ({"data": 3}, "data is 3"),
     ],
 )
 def test_wrong_options(nodules: Path, tmp_path: Path, options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         lung.lung_cohort(tmp_path, **{"data": nodules, **options})
+
+
+@pytest.mark.parametrize("name", ["brain", "stroke", "breast", "colon"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_train": "6"}, "n_train is '6'"),
+        ({"n_val": 1.5}, "n_val is 1.5"),
+        ({"n_test": True}, "n_test is True"),
+        ({"seed": "a"}, "seed is 'a'"),
+        ({"workers": 2.5}, "workers is 2.5"),
+        ({"workers": 0}, "workers is 0"),
+        ({"size": 64}, "size is 64: give three voxel counts"),
+        ({"size": (4, 4, 4)}, "at least 8"),
+        ({"size": (16.5, 16, 16)}, "three voxel counts"),
+        ({"spacing": "fine"}, "spacing is 'fine'"),
+        ({"spacing": None}, "spacing is None"),
+        ({"spacing": 0.5}, "between 1 and 8 mm"),
+    ],
+)
+def test_options_that_cannot_be(name: str, options: dict, message: str, tmp_path: Path) -> None:
+    if name in ("breast", "colon") and options.keys() & {"size", "spacing"}:
+        message = "has no option"
+    with pytest.raises(UserError, match=message):
+        synthetic.generate(f"synthetic_{name}", {"folder": tmp_path / "cache", **options})
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_breast_without_room_for_its_lesion_has_no_grade(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert breast.breast_case(3, 0).grade
+    mass = breast._mass
+
+    def crowded(rng: np.random.Generator, allowed: np.ndarray, taken: list, *rest: float, **more: bool) -> tuple:
+        return mass(rng, allowed, [*taken, (np.zeros(3), 1e6)], *rest, **more)
+
+    monkeypatch.setattr(breast, "_mass", crowded)
+    case = breast.breast_case(3, 0)
+    assert not case.mask.any()
+    assert case.grade == 0
 
 
 def test_crops_that_do_not_fit(nodules: Path, tmp_path: Path) -> None:

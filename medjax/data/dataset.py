@@ -105,6 +105,16 @@ def open_cohort(
     return unlabelled.usable(cohort, config["preprocess"], intake.problems, config["workers"]) if lenient else cohort
 
 
+def same_source(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two `config.data` read the same cohort: one generator with the same options, or one place."""
+    names = [str(config["cohort"]) for config in (one, other)]
+    if not set(names).isdisjoint(synthetic.GENERATORS):
+        return names[0] == names[1] and dict(one["options"]) == dict(other["options"])
+    places = [Path(name).expanduser().resolve() for name in names]
+    a, b = (place.parent if place.name == "dataset.json" else place for place in places)
+    return a == b
+
+
 def _type(task: Any) -> str:
     return task if isinstance(task, str) else str(task["type"])
 

@@ -82,7 +82,9 @@ class Source:
             if task not in case.targets:
                 continue
             stored = getattr(case, "points", None)
-            found = stored[task] if stored else foreground_points(case.targets[task], ignore=self.ignore)
+            # An instance mask holds numbers of rows: none of them is the value that is ignored in masks.
+            ignore = None if task in self.values else self.ignore
+            found = stored[task] if stored else foreground_points(case.targets[task], ignore=ignore)
             for value, voxels in found.items():
                 out.setdefault((task, 1 if task in self.values else value), []).append(voxels)
         return out
@@ -147,7 +149,7 @@ def make_sampler(
       source: of the training split. cases: the same cases in the cohort, for their attributes.
       foreground: `data.foreground`. labels: of the cohort, for the names of classes.
       sampling: `data.sampling`; see `docs/store.md`:
-        classes: 'present', 'balanced' or {label: weight}.
+        classes: 'present', 'balanced' or {label or task of findings: weight}.
         balance: an attribute whose values are taken equally often; '': off.
         weight: an attribute that says how often a case is taken; '': equally.
         labelled: share of the examples that come from cases with a label; 0: as the cases come.
@@ -202,17 +204,27 @@ def _class_weights(source: Source, wanted: Any, labels: Mapping[str, int]) -> di
         return dict.fromkeys(present, 1.0)
     if isinstance(wanted, str):
         raise UserError(f"config: data.sampling.classes={wanted!r}: 'present', 'balanced' or a table {{label: weight}}")
+    # The points of findings are all of class 1, whatever their labels: the task names them, and no label of the masks.
+    tables = [task for task, (shape, _) in source.values.items() if len(shape) == 2]
+    names = (*labels, *(task for task in tables if task not in labels))
+
+    def called(key: Key) -> list[str]:
+        """The names of `wanted` that stand for a class of voxels."""
+        task, value = key
+        return [n for n in wanted if (n == task if task in tables else labels.get(n) == value)]
+
     for name, weight in wanted.items():
-        if name not in labels:
+        if name not in names:
             raise UserError(
-                f"config: data.sampling.classes: no label {name!r}{nearest(name, labels)} (known: {', '.join(labels)})"
+                f"config: data.sampling.classes: no label or task of findings {name!r}{nearest(name, names)} (known: "
+                f"{', '.join(names)})"
             )
         if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
             raise UserError(f"config: data.sampling.classes.{name}={weight!r}: needs a number, 0 or more")
-        if weight and not any(key[1] == labels[name] for key in present):
+        if weight and not any(name in called(key) for key in present):
             warn_once(f"data.sampling.classes: no training case has {name!r}, so its weight has no effect")
-    weight_of = {labels[name]: float(weight) for name, weight in wanted.items()}
-    found = {key: weight_of[key[1]] for key in present if weight_of.get(key[1])}
+    weight_of = {key: float(wanted[known[-1]]) for key in present if (known := called(key))}
+    found = {key: weight for key, weight in weight_of.items() if weight}
     if not found:
         raise UserError("config: data.sampling.classes: no label with a weight is in the training cases")
     return found

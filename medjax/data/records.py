@@ -31,7 +31,7 @@ from medjax.data.sampler import foreground_points
 from medjax.errors import UserError, warn_once
 from medjax.ops import native
 
-FORMAT = 1  # of a case's file and of the JSON beside it
+FORMAT = 2  # of a case's file and of the JSON beside it
 # array_record's files (riegeli's records format): blocks of 64 KiB that begin with a header; the rest is one stream.
 _BLOCK, _HEADER = 1 << 16, 24
 _PAYLOAD = _BLOCK - _HEADER
@@ -389,7 +389,7 @@ def encode(case: Case, plan: preprocess.Plan, prepared: preprocess.Prepared) -> 
             known = task in prepared.targets
             mask = prepared.targets[task] if known else np.zeros(_NO_MASK, np.uint8)
             array(f"targets/{task}", mask, mask_dtype(plan, task), True)
-            found = foreground_points(mask, ignore=plan.ignore)
+            found = foreground_points(mask, ignore=None if kind == "findings" else plan.ignore)  # numbers of rows
             firsts = np.cumsum([0, *map(len, found.values())])
             points[task] = [(v, int(first), len(p)) for (v, p), first in zip(found.items(), firsts, strict=False)]
             array(f"points/{task}", np.concatenate([np.zeros((0, 3), np.int32), *found.values()]), np.int32, False)

@@ -203,13 +203,16 @@ class Sampler:
           shape: of the prepared volume.
           points: the voxels int [n, 3] that a patch may be centred on, class by class (arrays, or what can be indexed
             like them): each class is as likely as another, and so is each voxel of it.
-          overhang: how many voxels the patch may begin before the volume and end behind it, int [3, 2].
+          overhang: how many voxels the patch may begin before the volume and end behind it, int [3, 2]. A volume
+            smaller than the patch moves within its padding alone: nothing of it is lost. One as large as it moves only
+            in a patch that is centred on a voxel of `points`, for nothing else makes whole what touches its border.
         """
         rng = generator(self.seed, _PATCH, example)
         room = np.asarray(shape) - np.asarray(patch)
         before, behind = np.broadcast_to(overhang, (3, 2)).T
         low = np.minimum(np.minimum(0, room // 2), -before)
         high = np.maximum(np.maximum(room, room // 2), room + behind)
+        low, high = np.where(room < 0, np.maximum(low, room), low), np.where(room < 0, np.minimum(high, 0), high)
         draw = rng.random(3)
         if self.is_foreground(example) and (present := [p for p in points if len(p)]):
             voxels = present[rng.integers(len(present))]
@@ -217,6 +220,7 @@ class Sampler:
             # Centred on the voxel, moved back inside the volume (and its overhang) as far as needed.
             first = np.asarray(voxels[pick : pick + 1])[0] - np.asarray(patch) // 2
             return np.clip(first, low, high)
+        low, high = np.where(room == 0, 0, low), np.where(room == 0, 0, high)
         return (low + np.floor(draw * (high - low + 1))).astype(np.int64)
 
 

@@ -21,6 +21,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import numbers
 import os
 import queue
 import re
@@ -190,7 +191,7 @@ def brain_cohort(
             have gone from a finished cohort.
     """
     counts = {"train": n_train, "val": n_val, "test": n_test}
-    _check(counts, seed, workers, spacing, size)
+    check_request(counts, seed, workers, spacing, size)
     parameters = {"version": VERSION, **counts, "seed": seed, "spacing": float(spacing), "size": size and list(size)}
     splits = [split for split, count in counts.items() for _ in range(count)]
     ids = [f"brain_{number:03d}" for number in range(len(splits))]
@@ -812,22 +813,43 @@ def _write_tables(folder: Path, ids: Sequence[str], splits: Sequence[str]) -> No
     (folder / "dataset.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _check(
-    counts: dict[str, int], seed: int, workers: int | None, spacing: float, size: tuple[int, int, int] | None
+def check_request(
+    counts: Mapping[str, Any], seed: Any, workers: Any = None, spacing: Any = 1.0, size: Any = None
 ) -> None:
+    """Raises UserError for what no cohort can be made of; the same for all generators.
+
+    Args:
+        counts: split -> cases. workers, spacing, size: of the generators that have them.
+    """
     for split, count in counts.items():
-        if count < 0:
-            raise UserError(f"n_{split} is {count}: give 0 or more cases")
+        if not _whole(count, 0):
+            raise UserError(f"n_{split} is {count!r}: give 0 or more cases")
     if not sum(counts.values()):
         raise UserError("n_train, n_val and n_test are all 0: ask for at least one case")
-    if seed < 0:
-        raise UserError(f"seed is {seed}: give 0 or more")
-    if workers is not None and workers < 1:
-        raise UserError(f"workers is {workers}: give 1 or more, or None for one a CPU")
-    if not 1.0 <= spacing <= 8.0:
-        raise UserError(f"spacing is {spacing} mm: the synthetic brains are made between 1 and 8 mm")
-    if size is not None and (len(size) != 3 or min(size) < 8):
-        raise UserError(f"size is {size}: give three voxel counts of at least 8, or None for the whole brain")
+    if not _whole(seed, 0):
+        raise UserError(f"seed is {seed!r}: give 0 or more")
+    check_workers(workers)
+    if not is_real(spacing) or not 1.0 <= spacing <= 8.0:
+        raise UserError(f"spacing is {spacing!r} mm: the synthetic brains are made between 1 and 8 mm")
+    if size is not None:
+        three = isinstance(size, tuple | list) and len(size) == 3
+        if not three or not all(_whole(n, 8) for n in size):
+            raise UserError(f"size is {size!r}: give three voxel counts of at least 8, or None for the whole brain")
+
+
+def check_workers(workers: Any) -> None:
+    """Raises UserError unless `workers` is a number of processes, or None."""
+    if workers is not None and not _whole(workers, 1):
+        raise UserError(f"workers is {workers!r}: give 1 or more, or None for one a CPU")
+
+
+def is_real(value: Any) -> bool:
+    """Whether a value is a number, and no truth value."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def _check_complete(target: Path, names: Sequence[str]) -> None:

@@ -121,6 +121,7 @@ def breast_case(seed: int, number: int) -> Breast:
         early += share * (strength * texture - early)
         late += share * (strength * texture * wash - late)
         mask[share > 0.5] = 1
+        grade = grade if mask.any() else 0  # there was no room for it
 
     bias = np.exp(0.08 * smooth_noise(rng, SHAPE, 70 / voxel, 1)[0]) * rng.uniform(0.93, 1.07)
     noise = rng.uniform(0.02, 0.05)

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from medjax.data.synthetic import smooth_noise
+from medjax.data.synthetic import is_real, smooth_noise
 from medjax.data.synthetic_manifest import finding, manifest_cohort, scanner_affine, split_jobs, write_case
 from medjax.errors import UserError
 
@@ -106,12 +106,14 @@ def lung_cohort(
     Raises:
         UserError: no crops at `data`, crops without ratings or masks, a parameter out of range.
     """
+    if not isinstance(data, str | os.PathLike):
+        raise UserError(f"data is {data!r}: give the folder of the crops")
     root = Path(data or Path(os.environ.get("MEDJAX_DATA", "../shared/data")) / "lung_nodules").expanduser().resolve()
     if held_out not in range(4):
         raise UserError(f"held_out is {held_out}: the nodules are divided into quarters, 0 to 3")
-    if not 0 <= share < 1:
+    if not is_real(share) or not 0 <= share < 1:
         raise UserError(f"share is {share}: the validation split takes 0 to 1 (less than all) of what is not held out")
-    if size < 64:
+    if not isinstance(size, int) or size < 64:
         raise UserError(f"size is {size}: a canvas needs 64 voxels or more, for nodules of up to 40 mm")
     counts = {"train": n_train, "val": n_val, "test": n_test}
     options = {"data": str(root), "size": size}

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from medjax.data.synthetic import make_cohort, write_volume
-from medjax.errors import UserError
+from medjax.data.synthetic import check_request, check_workers, make_cohort, write_volume
 
 Job = dict[str, Any]
 
@@ -22,13 +21,7 @@ def split_jobs(name: str, writer: str, counts: Mapping[str, int], seed: int, opt
 
     Raises UserError for numbers of cases or a seed that cannot be.
     """
-    for split, count in counts.items():
-        if count < 0:
-            raise UserError(f"n_{split} is {count}: give 0 or more cases")
-    if not sum(counts.values()):
-        raise UserError("n_train, n_val and n_test are all 0: ask for at least one case")
-    if seed < 0:
-        raise UserError(f"seed is {seed}: give 0 or more")
+    check_request(counts, seed)
     splits = [split for split, count in counts.items() for _ in range(count)]
     return [
         {"id": f"{name}_{number:03d}", "split": split, "writer": writer, "seed": seed, "number": number, **options}
@@ -47,8 +40,7 @@ def manifest_cohort(
     before: Callable[[], Any] = lambda: None,
 ) -> Path:
     """The manifest of the cohort that `jobs` write with `write_case`; see `medjax.data.synthetic.make_cohort`."""
-    if workers is not None and workers < 1:
-        raise UserError(f"workers is {workers}: give 1 or more, or None for one a CPU")
+    check_workers(workers)
     files = ["manifest.csv", *(f"{part}/{job['id']}.nii.gz" for job in jobs for part in ("images", "masks"))]
     made = make_cohort(
         folder,

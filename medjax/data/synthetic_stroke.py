@@ -26,12 +26,12 @@ from medjax.data.synthetic import (
     BrainCase,
     _sigmoid,
     _template_paths,
+    check_request,
     make_brain,
     smooth_noise,
     write_brain,
 )
 from medjax.data.synthetic_manifest import manifest_cohort, split_jobs, write_row
-from medjax.errors import UserError
 
 # Raise it with every change of what is generated: cohorts already in the cache are then left alone and made anew.
 VERSION = 1
@@ -65,10 +65,9 @@ def stroke_cohort(
     Raises:
         UserError: a parameter is out of range, or what `brain_cohort` raises.
     """
-    if not 1.0 <= spacing <= 8.0:
-        raise UserError(f"spacing is {spacing} mm: the synthetic brains are made between 1 and 8 mm")
-    options = {"spacing": float(spacing), "size": size and list(size)}
     counts = {"train": n_train, "val": n_val, "test": n_test}
+    check_request(counts, seed, workers, spacing, size)
+    options = {"spacing": float(spacing), "size": size and list(size)}
     jobs = split_jobs("stroke", "medjax.data.synthetic_stroke:_write_case", counts, seed, options)
     parameters = {"version": VERSION, **counts, "seed": seed, **options}
     return manifest_cohort(
