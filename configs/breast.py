@@ -66,6 +66,7 @@ def get_config(arg=None):
         config.data.preprocess.spacing = (4.0, 4.0, 4.0)
         config.data.patch = (36, 32, 28)
         config.model.features = (8, 16)
+        config.tasks.lesion.levels = 1
         config.train = ConfigDict(
             {"total": "4 steps", "log_every": "2 steps", "eval_every": "4 steps", "checkpoint_every": "4 steps"}
         )

@@ -1,13 +1,21 @@
-"""Right ventricle, myocardium and left ventricle from cine MR: ACDC (Bernard et al., IEEE TMI 2018), thick slices.
+r"""Right ventricle, myocardium and left ventricle from cine MR: ACDC (Bernard et al., IEEE TMI 2018), thick slices.
 
-Data: a folder with `images/patient001_frame01.nii.gz`..., masks of the same names in `labels/`, and `patients.csv` (a
-column is patient), found at `data=` or else at `MEDJAX_DATA`/cardiac_acdc or ../shared/data/cardiac_acdc. One fold of
-four is held out, by patient. Of the 32 patients there, 074 and 076 share an image; both are in the part trained on.
+Data: found at `data=` or else at `MEDJAX_DATA`/cardiac_acdc or ../shared/data/cardiac_acdc, in one of two layouts. As
+we keep it: `images/patient001_frame01.nii.gz` (end-diastole) and `images/patient001_frame02.nii.gz` (end-systole),
+masks of the same names in `labels/`, and `patients.csv` (columns patient, group). As published, `data=.../training`:
+`patient001/patient001_frame12.nii.gz`, its mask `patient001/patient001_frame12_gt.nii.gz`; which frame is which stands
+in every patient's `Info.cfg`, and has to be in a `patients.csv` beside the patients' folders. Make it once, there:
+
+    (echo patient,group,ED,ES; for p in patient*/; do p=${p%/}; awk -F'[: \r]+' -v p="$p" \
+      '{v[$1]=$2} END {print p "," v["Group"] "," v["ED"] "," v["ES"]}' "$p/Info.cfg"; done) > patients.csv
+
+One fold of four is held out, by patient. Of the 32 patients of our folder, 074 and 076 share an image; both are in the
+part trained on.
 
 Measured of every patient: volumes of both ventricles, ejection fractions, stroke volumes, myocardial mass, the wall;
 from them one of five diagnoses, by a rule learnt from the training patients' reference masks (docs/measures.md). Pixels
-are nominally 1.5 mm and slices 10 mm apart in all of these files: millilitres are only as good as that, ejection
-fractions and the diagnosis do not hang on it.
+are nominally 1.5 mm and slices 10 mm apart in all of our files: millilitres are only as good as that, ejection
+fractions and the diagnosis do not hang on it. Files as published have their own distances, which are read.
 
 The first stages convolve and halve in plane alone: slices are 10 mm apart, pixels 2 mm.
 
@@ -28,9 +36,10 @@ from medjax.config import parse_arg
 def get_config(arg=None):
     arg = parse_arg(arg, debug=False, data="")
     config = ConfigDict()
+    cohort = arg.data or os.path.join(os.environ.get("MEDJAX_DATA", "../shared/data"), "cardiac_acdc")
     config.data = ConfigDict(
         {
-            "cohort": arg.data or os.path.join(os.environ.get("MEDJAX_DATA", "../shared/data"), "cardiac_acdc"),
+            "cohort": cohort,
             "layout": "folder",
             "images": {"MR": "images/{patient}_{frame}.nii.gz"},
             "targets": {"heart": "labels/{patient}_{frame}.nii.gz"},
@@ -72,7 +81,7 @@ def get_config(arg=None):
     config.eval = ConfigDict({"splits": ("val",)})
     config.measures = ConfigDict(
         {
-            # As the data's README declares them. Of ACDC as published: '{patient}_frame{ED:02}' and the columns ED, ES.
+            # As the data's README declares them.
             "frames": {"ED": "{patient}_frame01", "ES": "{patient}_frame02"},
             # ACDC's left ventricles lie in rings of myocardium alone; a network may call the atrium above so.
             "formulas": {
@@ -103,6 +112,12 @@ def get_config(arg=None):
             },
         }
     )  # fmt: skip
+    inside = os.listdir(cohort) if os.path.isdir(cohort) else ()
+    if any(os.path.exists(os.path.join(cohort, name, "Info.cfg")) for name in inside):  # as published
+        config.data.images.MR = "{patient}/{patient}_frame{frame}.nii.gz"
+        config.data.targets.heart = "{patient}/{patient}_frame{frame}_gt.nii.gz"
+        config.data.id = "{patient}_frame{frame}"
+        config.measures.frames = {"ED": "{patient}_frame{ED:02}", "ES": "{patient}_frame{ES:02}"}
     if arg.debug:
         config.optim.warmup = "2 steps"
         config.data.patch = (64, 64, 8)

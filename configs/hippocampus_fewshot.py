@@ -1,7 +1,8 @@
 """Hippocampus from a handful of outlined cases and many that nobody outlined: five labels and a mean teacher.
 
-Data: as `hippocampus.py`. Of the 180 training patients `labels` keep their outlines (which ones, `seed` decides); the
-others are trained on without. docs/semi_supervised.md explains the keys, docs/few_labels.md compares methods.
+Data: as `hippocampus.py`. Of the training patients, 180 by our `split.csv`, `labels` keep their outlines (which ones,
+`seed` decides); the others are trained on without. docs/semi_supervised.md explains the keys, docs/few_labels.md
+compares methods.
 
 Arguments: `labels=5`, `method=mean_teacher` (or `fixmatch`, `cps`; `none` trains on the labelled cases alone), `debug`
 (a few steps), `data=FOLDER`.

@@ -70,6 +70,7 @@ def get_config(arg=None):
         config.data.options = ConfigDict({"n_train": 6, "n_val": 2, "n_test": 2, "spacing": 6.0})
         config.data.preprocess.spacing = (6.0, 6.0, 6.0)
         config.model.features = (8, 16)
+        config.tasks.suspicious.levels = 1
         config.train = ConfigDict(
             {"total": "4 steps", "log_every": "2 steps", "eval_every": "4 steps", "checkpoint_every": "4 steps"}
         )

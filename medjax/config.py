@@ -12,14 +12,16 @@ import ast
 import difflib
 import importlib.util
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, FieldReference, config_dict
 
-from medjax.errors import UserError
+from medjax.errors import UserError, warn_once
 
 # Nodes whose keys are the user's own: the names of tasks, of modalities, of labels.
 OPEN = re.compile(
@@ -30,6 +32,48 @@ OPEN = re.compile(
 
 # Where the options of a chosen kind live: path of the node -> key that names the kind.
 KINDS = {"model": "name", "tasks.*": "type"}
+
+# Options that are one number, or one for each stage, whichever of the two their default is.
+STAGED = re.compile(r"model\.(convs|decoder_convs|blocks|dilations)")
+
+
+_MOST_STEPS = 2**31 - 1
+
+
+def _whole(least: int) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least
+
+
+def _real(good: Callable[[float], bool]) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and good(v)
+
+
+def _several(n: int, good: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, tuple | list) and len(v) == n and all(map(good, v))
+
+
+_COUNT = ("a whole number from 1 on", _whole(1))
+_FROM_0 = ("a whole number from 0 on", _whole(0))
+_SHARE = ("a number from 0 to 1", _real(lambda v: 0 <= v <= 1))
+_DECAY = ("a number from 0 on, less than 1", _real(lambda v: 0 <= v < 1))
+
+# Key -> what it must be, in words and as a test.
+LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "data.patch": ("three whole numbers from 1 on, such as (64, 64, 64)", _several(3, _whole(1))),
+    "data.batch_size": _COUNT,
+    "data.buckets": _FROM_0,
+    "data.workers": _FROM_0,
+    "data.foreground": _SHARE,
+    "optim.accumulate": _COUNT,
+    "optim.betas": ("two numbers from 0 on, less than 1, such as (0.9, 0.999)", _several(2, _DECAY[1])),
+    "optim.momentum": _DECAY,
+    "optim.ema": _DECAY,
+    "optim.power": ("a number from 0 on", _real(lambda v: v >= 0)),
+    "train.eval_cases": _FROM_0,
+    "train.patience": _FROM_0,
+    "train.nan_limit": _FROM_0,
+    "eval.windows": _COUNT,
+}
 
 
 def defaults() -> ConfigDict:
@@ -75,7 +119,7 @@ def defaults() -> ConfigDict:
     c.data.foreground = 0.5  # share of examples whose patch is centred on labelled tissue
     c.data.sampling = ConfigDict(
         {
-            "classes": "present",  # any class a case has; 'balanced': each equally often over time; {label: weight}
+            "classes": "present",  # any class a case has; 'balanced': each as often over time; {label or task: weight}
             "balance": "",  # attribute of the cases (site, sex...) whose values are taken equally often
             "weight": "",  # attribute that says how often a case is taken, relative to the others
             "labelled": 0.0,  # share of the examples that come from cases with a label; 0: as the cases come
@@ -277,6 +321,8 @@ def fill(config: ConfigDict, options: Callable[[str, str], Mapping[str, Any]]) -
     nodes = [("model", "model", config.model)] + [(f"tasks.{n}", "tasks", t) for n, t in config.tasks.items()]
     for where, room, node in nodes:
         key = KINDS["model" if room == "model" else "tasks.*"]
+        if not isinstance(node, ConfigDict):
+            raise UserError(f"config: {where}={node!r}: needs a table of options with a '{key}'")
         if key not in node:
             raise UserError(f"config: '{where}' needs a '{key}'")
         known = options(room, node[key])
@@ -314,7 +360,11 @@ def load(recipe: str, overrides: Iterable[str], options: Callable[[str, str], Ma
 
 
 def resolve(config: ConfigDict, overrides: Iterable[str], options: Callable) -> ConfigDict:
-    """Fills in kinds, applies overrides ('key.path=value'), checks and locks `config`."""
+    """Fills in kinds, applies overrides ('key.path=value'), checks and locks `config`.
+
+    Where an override chooses another backbone, what `config.model` said of its own is left out with a note: options of
+    one backbone mean something else, or nothing, to another.
+    """
     pairs = []
     for text in overrides:
         key, eq, value = text.partition("=")
@@ -324,13 +374,41 @@ def resolve(config: ConfigDict, overrides: Iterable[str], options: Callable) -> 
     # A kind decides which options exist, so kinds first.
     pairs.sort(key=lambda kv: kv[0].rpartition(".")[2] != (_kind_key(kv[0].rpartition(".")[0]) or ""))
     kinds = [kv for kv in pairs if _kind_key(kv[0].rpartition(".")[0]) == kv[0].rpartition(".")[2]]
+    backbone = config.model.get("name")
     for key, value in kinds:
         _assign(config, key, value)
+    if backbone is not None and config.model.name != backbone:
+        given = {key for key, _ in pairs}
+        _leave_options(config.model, backbone, {key.split(".")[1] for key in given if key.startswith("model.")})
     fill(config, options)
     for key, value in pairs[len(kinds) :]:
         _assign(config, key, value)
+    fill(config, options)  # tasks that an override has added, or given as a table
+    check(config)
     config.lock()
     return config
+
+
+def _leave_options(model: ConfigDict, backbone: str, given: set[str]) -> None:
+    """Deletes the options of `backbone` from a node that now names another; those not in `given` are said."""
+    own = [key for key in model if key != "name"]
+    for key in own:
+        del model[key]
+    if left := [f"model.{key}" for key in own if key not in given]:
+        warn_once(
+            f"model.name={model.name} in place of the recipe's {backbone}: the defaults of {model.name} hold "
+            f"for all that --config.model.KEY=VALUE does not give, without the recipe's {', '.join(left)}"
+        )
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError for a value that is not what `LIMITS` says of its key."""
+    for key, (words, good) in LIMITS.items():
+        value: Any = config
+        for part in key.split("."):
+            value = value[part]
+        if not good(value):
+            raise UserError(f"config: {key}={_show(value)}: needs {words}")
 
 
 def _assign(config: ConfigDict, path: str, text: str) -> None:
@@ -358,25 +436,35 @@ def _assign(config: ConfigDict, path: str, text: str) -> None:
     if isinstance(value, list):
         value = tuple(value)
     if isinstance(old, ConfigDict) and isinstance(value, Mapping):
+        if not OPEN.fullmatch(path) and _kind_key(path) is None and isinstance(_default(path), ConfigDict):
+            merge(old, value, path)  # the keys it does not name stay
+            return
         value = ConfigDict(value)
     # What may be absent, or takes a name as well as a table, may change its type.
-    free = old is None or _is_optional(path) or (isinstance(old, ConfigDict) and isinstance(value, str))
+    free = old is None or _default(path, "") is None or _takes_name(path, old, value)
+    free = free or (STAGED.fullmatch(path) is not None and isinstance(old, int) and isinstance(value, tuple))
     if not free and type(value) is not type(old):
-        raise UserError(
-            f"config: --config.{path}={text}: needs {type(old).__name__}, e.g. --config.{path}={_show(old)}"
-        )
+        kind = "a table" if isinstance(old, ConfigDict) else type(old).__name__
+        raise UserError(f"config: --config.{path}={text}: needs {kind}, e.g. --config.{path}={_show(old)}")
     with node.ignore_type():
         node[last] = value
 
 
-def _is_optional(path: str) -> bool:
-    """Whether the default of `path` is None."""
+def _default(path: str, missing: Any = None) -> Any:
+    """The default of `path`; `missing` where it has none of its own."""
     node: Any = defaults()
     for name in path.split("."):
         if not isinstance(node, ConfigDict) or name not in node:
-            return False
+            return missing
         node = node[name]
-    return node is None
+    return node
+
+
+def _takes_name(path: str, old: Any, value: Any) -> bool:
+    """Whether a text may stand where the recipe has a table: where the default is one, or what is there the user's."""
+    where = path.rpartition(".")[0]
+    own = OPEN.fullmatch(where) is not None and where != "tasks"
+    return isinstance(old, ConfigDict) and isinstance(value, str) and (own or isinstance(_default(path), str))
 
 
 def _show(value: Any) -> str:
@@ -426,12 +514,13 @@ def steps(duration: str, *, batch_size: int, n_examples: int, key: str = "durati
     Args:
       n_examples: cases in the training split; one epoch takes one example of each.
     """
-    form = r"\s*([0-9.]+(?:e[0-9]+)?)\s*(steps?|epochs?|examples?)\s*"
+    form = r"\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]{1,3})?)\s*(steps?|epochs?|examples?)\s*"
     match = re.fullmatch(form, duration) if isinstance(duration, str) else None
     if not match:
         raise UserError(f"config: '{key}' is '{duration}'; write e.g. '500 steps', '20 epochs' or '8000 examples'")
-    number, unit = float(match[1]), match[2].rstrip("s")
-    if unit == "step":
-        return int(number)
-    examples = number * (n_examples if unit == "epoch" else 1)
-    return int(-(-examples // batch_size))
+    number, unit = Fraction(match[1]), match[2].rstrip("s")
+    if unit != "step":
+        number = number * (n_examples if unit == "epoch" else 1) / batch_size
+    if number > _MOST_STEPS:
+        raise UserError(f"config: '{key}' is '{duration}': more than {_MOST_STEPS} steps, which no run counts")
+    return math.ceil(number)

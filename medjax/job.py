@@ -18,7 +18,7 @@ from medjax.data import cohort as cohorts
 from medjax.data import dataset, pipeline, preprocess, sampler, store
 from medjax.errors import UserError
 from medjax.logging import Progress, say
-from medjax.models.model import Model, build_model, check_heads
+from medjax.models.model import Model, build_model, check_heads, check_levels
 from medjax.tasks import confirm
 from medjax.tasks.common import moved
 
@@ -57,8 +57,10 @@ def open_job(config: ConfigDict) -> Job:
         task.check_rows(parallel.rows_together(config, parallel.make_mesh(config.mesh)))
     measures.check(config.measures, config.data, job, splits)
     confirm.rules(config.eval.confirm, job)
-    tasks.build(tasks.read_as(config.tasks, config.eval.tasks), cohort.labels)
+    confirm.rules(config.eval.confirm, tasks.build(tasks.read_as(config.tasks, config.eval.tasks), cohort.labels))
     total = steps_of(config, "train.total", len(splits["train"]))
+    if total < 1:
+        raise UserError(f"config: train.total='{config.train.total}' must be at least one step")
     # Before cases are prepared: a warm-up longer than the run.
     optim.schedule(config.optim, total, steps_of(config, "optim.warmup", len(splits["train"])))
     plan = preprocess.fit(config.data.preprocess, cohort, splits["train"])
@@ -66,6 +68,9 @@ def open_job(config: ConfigDict) -> Job:
     sides.views(config.augment, job, config.eval.mirror, plan.orientation)
     model = build_model(config, job)
     check_heads(model, len(plan.modalities))
+    # A default says 'at most so many'.
+    levels = {n: t.levels for n, t in config.tasks.items() if t.get("levels") != tasks.options(t.type).get("levels")}
+    check_levels(model, levels, len(plan.modalities))
     if config.data.buckets:
         # What the network is made for, and the window of prediction: whatever volume there is.
         cases = (*splits["train"], *splits.get("val", ()))
@@ -201,6 +206,8 @@ def fit_tasks(config: ConfigDict, job: Job, source: pipeline.Source) -> Job:
     names = dict.fromkeys((*job.tasks, *(t for case in job.splits["train"] for t in case.targets)))
     known = {name: Targets(name, job.splits["train"], source, job.plan) for name in names}
     learnt = tasks.fit(config.tasks, job.tasks, known)
+    for split in dict.fromkeys(("val", *config.eval.splits)):
+        evaluate.check_targets(job.tasks, job.plan, job.splits.get(split, ()))
     if not any(learnt.values()):
         return job
     with config.unlocked(), config.ignore_type():

@@ -110,6 +110,10 @@ def rule_factors(rules: Any, params: Any, factors: Mapping[str, str] | None = No
             raise UserError(f"config: optim.rules are pairs (regex, {{'lr': factor, 'decay': factor}}), not {rule!r}")
         check_regex(rule[0], "optim.rules")
 
+        for key, factor in rule[1].items():
+            if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor < float("inf"):
+                raise UserError(f"config: optim.rules '{rule[0]}': '{key}' is {factor!r}; it needs a number from 0 on")
+
     def first(name: str) -> tuple[str, Mapping[str, float]]:
         for pattern, found in rules:
             if re.fullmatch(pattern, name):

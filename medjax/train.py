@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -84,6 +84,11 @@ def _train(
     sampler.check_multiple(config.data.patch, job.model.backbone.total_factor())
     parallel.check_space(config.data.patch, job.model.backbone.total_factor(), mesh)
     every = intervals(config, len(job.splits["train"]))
+    if config.train.patience and "val" not in job.splits:
+        raise UserError(
+            f"config: train.patience={config.train.patience}: there is no 'val' split (data.split), so no score to "
+            "wait for; set train.patience=0, or give the cohort one"
+        )
     checkpoints = stack.enter_context(Checkpoints(workdir))
 
     def read(step: int) -> tuple[dict[str, Any], transfer.Start | None, Any]:
@@ -98,6 +103,8 @@ def _train(
         known = dataclasses.replace(job, known=frozenset(start.params if start else ()))
         abstract = abstract_state(config, known, mesh).stored
         checkpoints.check("latest", step, abstract)
+        # By the patience of this command: a run that has stopped early goes on with a larger one.
+        meta["history"]["stopped"] = out_of_patience(config, meta["history"])
         over = (step >= job.total or meta["history"]["stopped"]) and not meta.get("unevaluated")
         return meta, start, None if over else checkpoints.restore("latest", step, abstract)
 
@@ -112,7 +119,9 @@ def _train(
         start = transfer.open_start(config, job.model, job.plan.modalities, workdir)
     job = dataclasses.replace(job, known=frozenset(start.params if start else ()))
     if newest is not None and state is None:
-        say(f"{workdir}: already trained to step {first}{' (stopped early)' if history['stopped'] else ''}")
+        early = history["stopped"] and first < job.total
+        how = f" (stopped early); it goes on with train.patience above {history['stale']}, or 0" if early else ""
+        say(f"{workdir}: already trained to step {first}{how}")
         return
 
     # Prepared cases and what the tasks learn from them, the step compiled for both, and the state it begins with.
@@ -193,7 +202,7 @@ def _train(
             save("best", number)
         else:
             history["stale"] += 1
-        history["stopped"] = 0 < config.train.patience <= history["stale"]
+        history["stopped"] = out_of_patience(config, history)
 
     def stop(number: int) -> NoReturn:
         """Told to stop: what has been saved is complete before the process ends."""
@@ -290,6 +299,11 @@ def intervals(config: ConfigDict, n_examples: int) -> Intervals:
         if steps < 1:
             raise UserError(f"config: '{key}' must be at least one step")
     return Intervals(*found)
+
+
+def out_of_patience(config: ConfigDict, history: Mapping[str, Any]) -> bool:
+    """Whether `train.patience` evaluations have gone by without a better score."""
+    return 0 < config.train.patience <= history["stale"]
 
 
 class Validation:

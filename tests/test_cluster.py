@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import signal
@@ -12,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import layouts
+import nibabel as nib
+import numpy as np
 import pytest
 import test_train as training
+from tiny import write_recipe
 
 from medjax import processes
 from medjax.checkpoint import Checkpoints
@@ -295,6 +299,34 @@ def test_a_pair_goes_back_to_the_checkpoint_before_a_damaged_one(recipe: Path, f
         assert "the checkpoint of step 10 is used" in text
     assert "already trained to step 10" in said[0]
     assert (tmp_path / "checkpoints/damaged/latest-12").is_dir()
+
+
+@pytest.mark.parametrize("bad", [4, 5])
+def test_a_case_refused_by_one_of_two_stops_neither(recipe: Path, finished: Path, tmp_path: Path, bad: int) -> None:
+    """Of three cases the first process has two; whoever refuses one, the others are scored and both end with words."""
+    cohort, run = tmp_path / "cohort", tmp_path / "run"
+    shutil.copytree(recipe.parent / "cohort", cohort)
+    shutil.copytree(finished / "checkpoints", run / "checkpoints")
+    sides = "".join(f"case{i},{'val' if i in (4, 5, 6) else 'train'}\n" for i in range(8))
+    (cohort / "split.csv").write_text(f"id,split\n{sides}")
+    file = cohort / "labelsTr" / f"case{bad}.nii.gz"
+    mask = nib.load(file)
+    nib.save(nib.Nifti1Image(np.asarray(mask.dataobj) * 3, mask.affine), file)
+    calls = [[*call(write_recipe(tmp_path / "tiny.py", cohort), run, 12, "eval.predictions=true")[0], "--mode=eval"]]
+    pair = layouts.start(calls, devices=2, processes=2, log=tmp_path / "log")
+    try:
+        codes = [p.wait(timeout=120) for p in pair]
+    finally:
+        for p in pair:
+            p.kill()
+    said = [(tmp_path / f"log.{number}").read_text() for number in (0, 1)]
+    assert codes == [2, 2], said
+    assert f"1 of 3 case(s) are refused and count in no score:\n  case{bad}: {file}: undeclared labels" in said[0]
+    assert "process 0 (" in said[1]
+    summary = json.loads((run / "eval" / "val" / "summary.json").read_text())
+    assert (summary["n_cases"], list(summary["refused"])) == (2, [f"case{bad}"])
+    masks = {f"case{i}.nii.gz" for i in (4, 5, 6) if i != bad}
+    assert {f.name for f in (run / "eval" / "val" / "predictions").iterdir()} == masks
 
 
 KILLS = 20

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import dataclasses
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -228,6 +230,69 @@ def test_cardiac(cache: Path, data_root: Path) -> None:
         said = {row["patient"]: row["reference"] for row in csv.DictReader(rows)}
     assert said == {patient: truth[patient] for patient in said}
     assert len(said) == 2
+
+
+def test_acdc_as_published_is_read(tmp_path: Path) -> None:
+    """Folders of patients with Info.cfg; the table is made by the command in the recipe's docstring."""
+    from medjax.data import dataset
+    from medjax.measures import frames
+
+    for number, (group, ed, es) in enumerate((("DCM", 1, 12), ("NOR", 4, 8), ("RV", 1, 10), ("HCM", 1, 9)), start=1):
+        patient = f"patient{number:03d}"
+        (tmp_path / patient).mkdir()
+        text = f"ED: {ed}\r\nES: {es}\r\nGroup: {group}\r\nHeight: 184.0\r\nNbFrame: 30\r\nWeight: 95.0\r\n"
+        (tmp_path / patient / "Info.cfg").write_text(text if number > 1 else text.replace("\r", ""))
+        (tmp_path / patient / "MANDATORY_CITATION.md").write_text("cite")
+        nib.save(
+            nib.Nifti1Image(np.zeros((4, 4, 2, 3), np.int16), np.eye(4)), tmp_path / patient / f"{patient}_4d.nii.gz"
+        )
+        for frame in (ed, es):
+            name = f"{patient}_frame{frame:02d}"
+            image = np.full((4, 4, 2), 31 * number + frame, np.int16)
+            nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / patient / f"{name}.nii.gz")
+            nib.save(nib.Nifti1Image(np.ones((4, 4, 2), np.uint8), np.eye(4)), tmp_path / patient / f"{name}_gt.nii.gz")
+    docstring = ast.get_docstring(ast.parse((REPO / "configs" / "cardiac.py").read_text())) or ""
+    command = "\n".join(line for line in docstring.splitlines() if line.startswith("    "))
+    subprocess.run(["sh", "-ec", command], cwd=tmp_path, check=True)
+    assert (tmp_path / "patients.csv").read_text().splitlines()[:3] == [
+        "patient,group,ED,ES", "patient001,DCM,1,12", "patient002,NOR,4,8",
+    ]  # fmt: skip
+    config = resolved(f"cardiac.py:data={tmp_path}")
+    cohort = dataset.open_cohort(config.data, config.tasks)
+    assert [case.id for case in cohort.cases][:3] == ["patient001_frame01", "patient001_frame12", "patient002_frame04"]
+    assert all("heart" in case.targets and case.group in case.id for case in cohort.cases)
+    assert {k: len(v) for k, v in dataset.open_splits(cohort, config.data, 0, config.tasks).items()} == {
+        "train": 6, "val": 2,
+    }  # fmt: skip
+    found = frames.patients_of(cohort.cases, config.measures.frames)
+    assert {frame: case.id for frame, case in found["patient002"].items()} == {
+        "ED": "patient002_frame04", "ES": "patient002_frame08",
+    }  # fmt: skip
+
+
+def test_hippocampus_as_downloaded_is_dealt_into_folds(tmp_path: Path) -> None:
+    """The Decathlon's archive has no split.csv; a folder with one is split by it."""
+    from medjax.data import dataset
+
+    for folder in ("imagesTr", "labelsTr"):
+        (tmp_path / folder).mkdir()
+    listed = []
+    for number in range(10):
+        name = f"hippocampus_{number:03d}.nii.gz"
+        nib.save(nib.Nifti1Image(np.full((4, 4, 4), number, np.int16), np.eye(4)), tmp_path / "imagesTr" / name)
+        nib.save(nib.Nifti1Image(np.ones((4, 4, 4), np.uint8), np.eye(4)), tmp_path / "labelsTr" / name)
+        listed.append({"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"})
+    about = {"modality": {"0": "MRI"}, "labels": {"0": "background", "1": "Anterior", "2": "Posterior"}}
+    (tmp_path / "dataset.json").write_text(json.dumps(about | {"training": listed, "test": []}))
+    config = resolved(f"hippocampus.py:data={tmp_path}")
+    cohort = dataset.open_cohort(config.data, config.tasks)
+    splits = dataset.open_splits(cohort, config.data, config.seed, config.tasks)
+    assert {name: len(cases) for name, cases in splits.items()} == {"train": 8, "val": 2}
+    rows = [f"{case.id},{'val' if number == 3 else 'train'}" for number, case in enumerate(cohort.cases)]
+    (tmp_path / "split.csv").write_text("\n".join(["id,split", *rows]) + "\n")
+    config = resolved(f"hippocampus.py:data={tmp_path}")
+    splits = dataset.open_splits(cohort, config.data, config.seed, config.tasks)
+    assert [case.id for case in splits["val"]] == ["hippocampus_003"]
 
 
 @pytest.mark.real

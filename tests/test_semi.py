@@ -640,7 +640,7 @@ def test_the_average_keeps_its_decay_elsewhere(recipe: Path) -> None:
     assert semi.average_decay(load(recipe)) == 0.9
     assert semi.average_decay(load(recipe, "semi.method=fixmatch")) == 0.9
     assert semi.average_decay(load(recipe, "semi.method=mean_teacher")) == 0.99
-    with pytest.raises(UserError, match=r"optim.ema=-0.5: needs a number from 0 to 1"):
+    with pytest.raises(UserError, match=r"optim.ema=-0.5: needs a number from 0 on, less than 1"):
         semi.average_decay(load(recipe, "optim.ema=-0.5"))
     assert float(optim.ema(jnp.ones(()), jnp.zeros(()), 0.99, 10**6)) == pytest.approx(0.99)
 

@@ -282,16 +282,27 @@ def test_without_validation_labels_the_newest_is_the_best(
 
 def test_early_stopping_stops_and_says_so(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     # A learning rate of 0 never improves on the first evaluation.
-    main.main(
-        [f"--config={recipe}", f"--workdir={tmp_path}", "--config.optim.lr=0.0", "--config.train.patience=1",
-         "--config.train.total=40 steps", "--config.eval.pictures=false"]
-    )  # fmt: skip
-    out = capsys.readouterr().out
-    assert "trained to step 8 (stopped early)" in out
-    # Given again, it does not go on training.
-    main.main([f"--config={recipe}", f"--workdir={tmp_path}", "--config.optim.lr=0.0", "--config.train.patience=1",
-               "--config.train.total=40 steps", "--config.eval.pictures=false"])  # fmt: skip
-    assert "already trained to step 8 (stopped early)" in capsys.readouterr().out
+    def run(patience: int, total: int = 40) -> str:
+        main.main(
+            [f"--config={recipe}", f"--workdir={tmp_path}", "--config.optim.lr=0.0", "--config.eval.pictures=false",
+             f"--config.train.patience={patience}", f"--config.train.total={total} steps"]
+        )  # fmt: skip
+        return capsys.readouterr().out
+
+    assert "trained to step 8 (stopped early)" in run(1)
+    # Given again, it does not go on training; with more patience it does.
+    assert "already trained to step 8 (stopped early); it goes on with train.patience above 1, or 0" in run(1)
+    assert "trained to step 12 (stopped early)" in run(2)
+    said = run(0, 14)
+    assert "trained to step 14 in" in said
+    # What that command has gone on from stays ended for its own patience alone.
+    assert "already trained to step 14 (stopped early); it goes on with" in run(2)
+
+
+def test_patience_needs_a_score(recipe: Path, tmp_path: Path) -> None:
+    config = load(recipe, "train.patience=1", "data.exclude=('case6',)", "eval.splits=('test',)")
+    with pytest.raises(UserError, match=r"train\.patience=1: there is no 'val' split"):
+        spine.train(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
