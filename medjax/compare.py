@@ -326,7 +326,7 @@ def compare(
       'p', 'p_holm'; nan where undefined.
 
     Raises:
-      UserError: runs evaluated on different cases, or on different classes of a task.
+      UserError: runs evaluated on different cases, on other patients of a case, or on different classes of a task.
     """
     rows: list[dict[str, Any]] = []
     reference = next(e for e in experiments if e.name == baseline)
@@ -335,7 +335,9 @@ def compare(
     measured = metrics_of(experiments, reference)
     for task in dict.fromkeys(m.task for m in measured):
         having = {name for m in measured if m.task == task for name in m.experiments}
-        check_cases([e for e in experiments if e.name in having], task)
+        sharing = [e for e in experiments if e.name in having]
+        check_cases(sharing, task)
+        check_patients(sharing, task)
     for task, metric, classes, kind, having in measured:
         found: list[dict[str, Any]] = []
         drawn: dict[str, np.ndarray] = {}
@@ -513,6 +515,21 @@ def check_cases(experiments: Sequence[Experiment], task: str) -> None:
                 f"the runs were evaluated on different cases: {'; '.join(told)}. Give every experiment the same split "
                 "(data.split.file, or all folds of the same seeds)"
             )
+
+
+def check_patients(experiments: Sequence[Experiment], task: str) -> None:
+    """Raises UserError where two runs know a case of a task under different patients: nothing would be paired right."""
+    known: dict[str, tuple[str, Path]] = {}
+    for run in (run for experiment in experiments for run in experiment.runs):
+        for row in run.rows:
+            if row["task"] != task:
+                continue
+            patient, folder = known.setdefault(row["case"], (row["group"], run.folder))
+            if patient != row["group"]:
+                raise UserError(
+                    f"{run.folder}: case {row['case']} is of patient '{row['group']}', and of '{patient}' in {folder}: "
+                    "patients are what is paired and resampled. Evaluate both again with one data.group (--mode=eval)"
+                )
 
 
 # ---- report

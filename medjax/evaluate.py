@@ -7,6 +7,7 @@ input's own grid, and overlays of the worst, the median and the best case.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -18,12 +19,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medjax import faults, measures, pretext, processes, report
+from medjax.config import difference
 from medjax.data import cohort as cohorts
-from medjax.data import dataset, nifti, preprocess
-from medjax.data.volume import voxel_volume_of
-from medjax.errors import UserError, write_atomic
+from medjax.data import dataset, nifti, preprocess, targets
+from medjax.data.volume import Volume, check_same_grid, voxel_volume_of
+from medjax.errors import UserError, warn_once, write_atomic
 from medjax.logging import Progress, say
 from medjax.predict import Predictor, Run, output_files, read_ahead, read_case, table_rows, write, write_table
+from medjax.tasks import Known
 from medjax.tasks.common import moved
 
 
@@ -117,9 +120,114 @@ def _evaluate(workdir: Path, config: ConfigDict) -> None:
     for name, task in run.tasks.items():
         check_classes(workdir, name, getattr(task, "names", ()), run.config.data, config.data)
     splits = dataset.open_splits(cohort, config.data, config.seed, config.tasks)
+    names = splits_to_evaluate(config, splits)
+    check_unseen(workdir, run.config, config, {name: splits[name] for name in names})
+    check_targets(run.tasks, run.plan, [case for name in names for case in splits[name]])
+    check_headers(run.plan, [case for name in names for case in splits[name]], config.data.workers)
     gauge = measures.of_splits(config, run.tasks, splits, workdir, run.config.data)
-    for name in splits_to_evaluate(config, splits):
-        evaluate_split(run, name, splits[name], workdir / "eval" / name, gauge(splits[name]))
+    refused: dict[str, str] = {}
+    for name in names:
+        summary = evaluate_split(run, name, splits[name], workdir / "eval" / name, gauge(splits[name]))
+        refused |= summary.get("refused", {})
+    # Of several processes the first alone has what all refused: it has written everything by now, and ends the others.
+    if refused:
+        listed = "".join(f"\n  {case}: {reason}" for case, reason in refused.items())
+        raise UserError(
+            f"{workdir}: {len(refused)} of {sum(len(splits[name]) for name in names)} case(s) are refused and count in "
+            f"no score:{listed}\nMend them, or leave them out (data.exclude), and evaluate again: --mode=eval"
+        )
+
+
+def check_unseen(workdir: Path, trained: ConfigDict, config: ConfigDict, splits: cohorts.Splits) -> None:
+    """Raises UserError where cases to evaluate, but as 'train', are of patients that the run was trained on.
+
+    The splits are those of the command's seed and `data.split`, which need not be the run's. Another cohort is not
+    compared: its patients may have the same names by chance.
+
+    Args:
+      trained, config: of the run, and of the evaluation. splits: those to evaluate.
+    """
+    own, given = trained.data, config.data
+    if not dataset.same_source(own, given) or (trained.seed == config.seed and not difference(own, given)):
+        return
+    try:
+        known = dataset.open_cohort(own, trained.tasks)
+        learnt = dataset.open_splits(known, own, trained.seed, trained.tasks, check_content=False)["train"]
+    except UserError as error:
+        warn_once(f"{workdir}: whether the run was trained on cases that are evaluated is not checked: {error}")
+        return
+    train = {case.group for case in learnt}
+    # By the files: ids and patients may be called otherwise by now.
+    patient = {os.path.realpath(f): case.group for case in (*known.cases, *known.extra) for f in case.images.values()}
+    for name, cases in splits.items():
+        if name in ("train", cohorts.UNUSED):
+            continue
+        seen = []
+        for case in cases:
+            files = (os.path.realpath(file) for file in case.images.values())
+            patients = {patient[file] for file in files if file in patient}
+            if not patients and own.group == given.group:
+                patients = {case.group}
+            if not train.isdisjoint(patients):
+                seen.append(case)
+        if seen:
+            keys = {"seed": (trained.seed, config.seed)}
+            keys |= {f"data.split.{k}": (v, given.split.get(k)) for k, v in own.split.items()}
+            cure = " ".join(f"--config.{k}={was}" for k, (was, now) in keys.items() if was != now)
+            how = f"Give the run's own split ({cure})" if cure else f"Give the run's own data ({_changed(own, given)})"
+            raise UserError(
+                f"{workdir}: {len(seen)} of the {len(cases)} cases of split '{name}' are of patients that the run was "
+                f"trained on (first case {seen[0].id}, patient {seen[0].group}): its scores would measure memory. "
+                f"{how}, or, if training cases are meant, eval.splits=('train',)"
+            )
+
+
+def _changed(own: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    return "; ".join(f"data.{line}" for line in difference(given, own)[:3])
+
+
+def check_headers(plan: preprocess.Plan, cases: Sequence[cohorts.Case], workers: int = 0) -> None:
+    """Raises one UserError for all cases whose files' headers say that they cannot be evaluated, before any is.
+
+    Files that are not there, are no volumes, or do not lie on one grid; what only the voxels tell is left.
+    """
+
+    def wrong(case: cohorts.Case) -> str:
+        try:
+            plan.prepared_shape(case)
+            masks = [target for target in case.targets.values() if isinstance(target, Path)]
+            images = [case.images[m] for m in plan.modalities if m in case.images]
+            first, *others = [_header(file) for file in dict.fromkeys((*images, *masks))]
+            for other in others:
+                check_same_grid(other, first)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    reasons = [text for text in dataset.each(wrong, cases, workers, None) if text]
+    if len(reasons) > 1:
+        listed = "".join(f"\n  {reason}" for reason in reasons)
+        raise UserError(f"{len(reasons)} of {len(cases)} case(s) cannot be evaluated, and none was:{listed}")
+    if reasons:
+        raise UserError(reasons[0])
+
+
+def _header(file: Path) -> Volume:
+    """A volume of a file's grid, of zeros that take no memory."""
+    shape, affine = nifti.read_grid(file)
+    return Volume(np.broadcast_to(np.uint8(0), shape), affine, file)
+
+
+def check_targets(job: Mapping[str, Any], plan: preprocess.Plan, cases: Sequence[cohorts.Case]) -> None:
+    """Raises UserError, naming task and case, for a target that a task cannot be scored with; reads no file.
+
+    Masks are checked where they are read, places of findings where cases are prepared.
+    """
+    for case in cases:
+        for name, task in job.items():
+            value = targets.declared(case, name, plan.kinds, plan.columns)
+            if value is not None:
+                task.check_target(Known(case.id, value, None, tuple(plan.columns.get(name, ()))))
 
 
 def check_classes(
@@ -151,13 +259,21 @@ def splits_to_evaluate(config: ConfigDict, splits: Mapping[str, Any]) -> list[st
 def evaluate_split(
     run: Run, split: str, cases: Sequence[cohorts.Case], folder: Path, gauge: measures.Gauge | None = None
 ) -> dict[str, Any]:
-    """Predicts, scores, measures, writes and draws one split; returns the summary."""
+    """Predicts, scores, measures, writes and draws one split.
+
+    A case that cannot be read stops no other. What an earlier evaluation left of what this one writes is removed first.
+
+    Returns:
+      The summary, with 'refused' (case -> why) where there are any; of several processes only the first has it.
+    """
     gauge = gauge or measures.Gauge(None, cases)
     began = time.perf_counter()
     options = run.config.eval
     outputs = output_files(run.tasks, folder / "predictions", [c.id for c in cases]) if options.predictions else {}
     folder.mkdir(parents=True, exist_ok=True)
     predictor = run.predictor([run.plan.prepared_shape(case) for case in cases])
+    own = cases[processes.index() :: processes.count()]
+    remove_old(run, folder, [file for case in own for file in outputs.get(case.id, {}).values()])
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in run.tasks}
     examiner = pretext.Examiner(run.config, run.model, run.pretext) if run.pretext else None
     judged = run.tasks | run.pretext
@@ -165,8 +281,14 @@ def evaluate_split(
     tables: dict[str, list[dict[str, Any]]] = {name: [] for name, task in run.tasks.items() if task.kind != "dense"}
     # Each process predicts, scores and writes its own cases; the rows meet at the end.
     turns, order = processes.count(), {case.id: number for number, case in enumerate(cases)}
-    for number, (case, load) in enumerate(read_ahead(cases[processes.index() :: turns], run.plan), 1):
-        prepared, like = load()
+    refused: dict[str, str] = {}
+    for number, (case, load) in enumerate(read_ahead(own, run.plan), 1):
+        try:
+            prepared, like = load()
+        except UserError as error:
+            refused[case.id] = str(error)
+            progress.update(min(number * turns, len(cases)), case.id)
+            continue
         if examiner:
             examiner.add(prepared, case.id, case.group, order[case.id])
         probabilities = predictor.case(run.params, prepared)
@@ -195,6 +317,8 @@ def evaluate_split(
     rows = _gathered(f"scores of {split}", rows, key=lambda row: order[row["case"]])
     tables = _gathered(f"tables of {split}", tables, key=lambda row: order[row["case"]])
     gauge.gather(split)
+    refused = {id: reason for part in processes.gather(f"refused of {split}", refused) for id, reason in part.items()}
+    about = {"refused": {case.id: refused[case.id] for case in cases if case.id in refused}} if refused else {}
     if not processes.primary():
         return {}
     measured = gauge.finish(folder, f"{run.config.name}, {split}", pictures=options.pictures)
@@ -203,8 +327,8 @@ def evaluate_split(
             (folder / "predictions").mkdir(exist_ok=True)
             write_table(found, folder / "predictions" / f"{name}.csv")
     if not any(rows.values()):
-        say(f"{split}: {len(cases)} cases predicted; none has a reference to score against")
-        return {}
+        say(f"{split}: {len(cases) - len(refused)} cases predicted; none has a reference to score against")
+        return about
     several = len(judged) > 1
     metrics: dict[str, Any] = {}
     for name, task in judged.items():
@@ -220,6 +344,7 @@ def evaluate_split(
     summary = {
         "split": split,
         "n_cases": len({row["case"] for row in every}),
+        **about,
         "metrics": metrics,
         **measured,
         **({"calibration": fitted} if fitted else {}),
@@ -236,6 +361,26 @@ def evaluate_split(
         draw(run, predictor, cases, rows, folder)
     say_summary(summary, folder)
     return summary
+
+
+def remove_old(run: Run, folder: Path, predictions: Sequence[Path]) -> None:
+    """Removes what an earlier evaluation wrote, so that no old summary stands beside new masks if this one ends early.
+
+    Args:
+      predictions: masks that this process is about to write. The tables and pictures are the first process's.
+    """
+    old = list(predictions)
+    if processes.primary():
+        tables = ("summary.json", "cases.csv", "measures.csv", "measures.png", "diagnosis.csv")
+        old += [folder / name for name in tables]
+        old += [folder / "predictions" / f"{name}.csv" for name in run.tasks]
+        pictures = (f"{name}*.png" for name in ("worst", "median", "best", *(f"{name}_" for name in run.pretext)))
+        old += [file for pattern in pictures for file in folder.glob(pattern)]
+    for file in old:
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{file}: cannot be replaced: {error.strerror}. Correct its permissions.") from error
 
 
 def draw(
@@ -330,6 +475,8 @@ def say_summary(summary: Mapping[str, Any], folder: Path) -> None:
             f"{found['ece_calibrated']:.3f} (eval.tasks={{'{name}': {{'temperature': {best}}}}})"
         )
     measures.say_summary(summary, folder)
+    if refused := summary.get("refused"):
+        say(f"  {len(refused)} case(s) refused, in no score: {', '.join(refused)}")
 
 
 def _with_interval(value: Mapping[str, Any] | None) -> str:

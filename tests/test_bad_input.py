@@ -22,10 +22,10 @@ import pytest
 from tiny import write_cohort, write_recipe
 
 from medjax import config as config_lib
-from medjax import errors, main, models, tasks
+from medjax import errors, evaluate, main, models, tasks
 from medjax import job as job_lib
 from medjax.checkpoint import Checkpoints
-from medjax.data import nifti
+from medjax.data import dataset, nifti
 from medjax.errors import UserError, run_program
 
 REPO = Path(__file__).resolve().parents[1]
@@ -268,6 +268,95 @@ def test_a_split_to_evaluate_that_is_not_there(place: Path, trained: Path, capsy
     assert "train, val, test" in said
 
 
+def test_training_cases_are_no_validation(pristine: Path, trained: Path, tmp_path: Path, capsys: Any) -> None:
+    """An evaluation with another split than the run's scores what the network has seen."""
+    other = tmp_path / "other.csv"
+    other.write_text("id,split\ncase0,val\ncase1,test\ncase2,train\ncase3,val\n")
+    said = failure(pristine, "--mode=eval", f"--config.data.split.file={other}", workdir=trained, capsys=capsys)
+    assert f"{trained}: 1 of the 2 cases of split 'val' are of patients that the run was trained on" in said
+    assert "first case case0, patient case0" in said
+    assert "Give the run's own split (--config.data.split.file=split.csv)" in said
+    assert "eval.splits=('train',)" in said
+
+
+def loaded(place: Path, *overrides: str) -> Any:
+    options = {"model": models.options, "tasks": tasks.options}
+    return config_lib.load(str(place / "tiny.py"), overrides, lambda room, kind: options[room](kind))
+
+
+def seen_in(trained: Any, config: Any, *names: str) -> str:
+    """What is said of the evaluation of `config`'s splits by a run of `trained`'s; '' where it is let be."""
+    cohort = dataset.open_cohort(config.data, config.tasks)
+    splits = dataset.open_splits(cohort, config.data, config.seed, config.tasks)
+    try:
+        evaluate.check_unseen(Path("run"), trained, config, {name: splits[name] for name in names})
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_which_cases_a_run_has_seen(pristine: Path, place: Path, tmp_path: Path, capsys: Any) -> None:
+    folds = ("data.split.file=", "data.split.folds=2", "data.split.test=0.25")
+    own = loaded(pristine, *folds, "seed=1")
+    assert not seen_in(own, own, "val", "test")
+    # A flag forgotten: each case is in 'train' of one of the two folds, and the test cases go with the seed.
+    fold = loaded(pristine, *folds, "seed=1", "data.split.fold=1")
+    assert "--config.data.split.fold=0" in seen_in(own, fold, "val")
+    assert not seen_in(own, fold, "train")
+    assert not seen_in(own, fold, "test")
+    said = [seen_in(own, loaded(pristine, *folds, f"seed={seed}"), "val", "test") for seed in range(2, 8)]
+    assert any("--config.seed=1" in text for text in said)
+    # The same files, whatever the folder and the patients are called; those of another cohort have the same ids.
+    (tmp_path / "link").symlink_to(pristine / "cohort")
+    link = f"data.cohort={tmp_path / 'link' / 'dataset.json'}"
+    assert "of split 'val'" in seen_in(own, loaded(pristine, *folds, "seed=1", "data.split.fold=1", link), "val")
+    renamed = [loaded(pristine, *folds, "seed=1", f"data.split.fold={k}", "data.group=case(.)") for k in (0, 1)]
+    assert any(seen_in(own, config, "val", "test") for config in renamed)  # between them they evaluate every case
+    copied = loaded(place, *folds, "seed=1", "data.split.fold=1")
+    assert not seen_in(own, copied, "val")
+    # A split that is not known any more is not made up.
+    lost = loaded(pristine, "data.split.file=lost.csv")
+    assert not seen_in(lost, own, "val")
+    assert "lost.csv" in capsys.readouterr().err.partition("is not checked")[2]
+
+
+def test_what_headers_tell_is_told_before_any_case_is_evaluated(place: Path, trained: Path, capsys: Any) -> None:
+    mask = nib.load(label(place, 3))
+    nib.save(nib.Nifti1Image(np.asarray(mask.dataobj)[1:], mask.affine), label(place, 3))
+    label(place, 2).write_bytes(b"no mask at all")
+    said = failure(place, "--mode=eval", workdir=trained, capsys=capsys)
+    assert "2 of 2 case(s) cannot be evaluated, and none was:" in said
+    assert f"{label(place, 3)}: shape" in said
+    assert str(label(place, 2)) in said
+
+
+def test_a_case_that_cannot_be_read_stops_no_other(place: Path, trained: Path, tmp_path: Path, capsys: Any) -> None:
+    """A label nobody declared, which no header tells: the rest is scored, and nothing old stands beside it."""
+    run = tmp_path / "evaluated"
+    shutil.copytree(trained, run)
+    (place / "cohort" / "split.csv").write_text("id,split\ncase0,train\ncase1,val\ncase2,val\ncase3,val\n")
+    mask = nib.load(label(place, 2))
+    nib.save(nib.Nifti1Image(np.asarray(mask.dataobj) * 3, mask.affine), label(place, 2))
+    folder = run / "eval" / "val"
+    (folder / "worst.png").touch()
+    capsys.readouterr()
+    arguments = [f"--config={place / 'tiny.py'}", f"--workdir={run}", "--mode=eval", "--config.eval.pictures=false"]
+    with pytest.raises(SystemExit) as caught:
+        run_program(lambda: main.main([*arguments, "--config.eval.splits=('val',)"]))
+    out, said = capsys.readouterr()
+    assert caught.value.code == 2
+    assert f"{run}: 1 of 3 case(s) are refused and count in no score:\n  case2: " in said
+    assert f"{label(place, 2)}: undeclared labels 3" in said
+    assert "data.exclude" in said
+    assert "Traceback" not in said
+    assert "1 case(s) refused, in no score: case2" in out
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["n_cases"] == 2
+    assert list(summary["refused"]) == ["case2"]
+    assert {p.name for p in (folder / "predictions").iterdir()} == {"case1.nii.gz", "case3.nii.gz"}
+    assert not (folder / "worst.png").exists()
+
+
 # ------------------------------------------------------------------------------------------------------------- settings
 
 
@@ -291,6 +380,16 @@ def test_a_split_to_evaluate_that_is_not_there(place: Path, trained: Path, capsy
         ("--config.data.preprocess.normalize=zscor", ["normalize", "zscor", "zscore"]),
         ("--config.data.preprocess.spacing=(2,2)", ["spacing", "three positive numbers"]),
         ("--lr=1", ["unknown argument '--lr=1'", "--help"]),
+        ("--config.train.total=0 steps", ["train.total='0 steps' must be at least one step"]),
+        ("--config.train.total=1.2.3 steps", ["train.total", "'500 steps', '20 epochs' or '8000 examples'"]),
+        ("--config.train.total=1e300 steps", ["train.total", "more than 2147483647 steps"]),
+        ("--config.optim.rules=(('.*',{'lr':'a'}),)", ["optim.rules '.*': 'lr' is 'a'; it needs a number from 0 on"]),
+        ("--config.optim.rules=(('.*',{'decay':-1}),)", ["optim.rules '.*': 'decay' is -1"]),
+        ("--config.tasks.spheres.levels=7", ["tasks.spheres.levels=7: this UNet's pyramid has 1 level(s)"]),
+        ("--config.tasks.spheres.levels=2", ["set tasks.spheres.levels=1, or see model.levels"]),
+        ("--config.model.features=16", ["model.features=(16,)", "two stages at least"]),
+        ("--config.model.features=()", ["model.features=()", "from 1 on for each stage"]),
+        ("--config.model.features=(8,0)", ["model.features=(8, 0)"]),
     ],
 )
 def test_settings_that_cannot_be(place: Path, override: str, words: list[str], capsys: Any) -> None:
@@ -434,6 +533,16 @@ def test_names_of_another_wording_pass(place: Path, target: Any, classes: Any, t
     assert tuple(job_lib.open_job(config).tasks["grade"].names) == (task["names"] or classes)
 
 
+def test_a_value_no_task_takes_in_a_case_that_is_not_trained_on(place: Path, capsys: Any) -> None:
+    """Validation cases and those to evaluate are checked as those of training are, and before the first step."""
+    graded(place, ("a", "b"), (), type="classification", problem="multilabel", names=("a", "b"))
+    table = place / "cohort" / "grades.csv"
+    table.write_text(GRADES.replace("case1,high,1", "case1,high,5"))
+    (place / "split.csv").write_text("id,split\ncase0,train\ncase1,val\ncase2,train\ncase3,train\n")
+    said = failure(place, f"--config.data.split.file={place / 'split.csv'}", capsys=capsys)
+    assert "task 'grade': case case1 has [5.0, 0.0]; it takes 2 numbers" in said
+
+
 # ------------------------------------------------------------------------------------------------- no room on the disk
 
 
@@ -512,7 +621,7 @@ def test_no_room_for_the_summary(pristine: Path, trained: Path, tmp_path: Path, 
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     summary = run / "eval" / "val" / "summary.json"
-    before = summary.read_bytes()
+    assert summary.exists()
     replace = os.replace
     monkeypatch.setattr("os.replace", lambda a, b: full() if str(b).endswith(".json") else replace(a, b))
     capsys.readouterr()
@@ -522,8 +631,7 @@ def test_no_room_for_the_summary(pristine: Path, trained: Path, tmp_path: Path, 
     assert caught.value.code == 2
     assert f"{summary}: cannot write: No space left on device" in said
     assert "Traceback" not in said
-    assert summary.read_bytes() == before
-    assert json.loads(summary.read_text())["split"] == "val"
+    assert not summary.exists()  # the old one would stand beside masks that are new
     assert not [f for f in files_in(run) if "tmp" in f]
 
 

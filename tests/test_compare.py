@@ -338,6 +338,16 @@ def test_refusals(tmp_path: Path) -> None:
         compare.main([str(a), str(d)])
 
 
+@pytest.mark.parametrize("patients", [3, 12])
+def test_cases_under_other_patients_are_refused(tmp_path: Path, patients: int) -> None:
+    """Fewer patients would be paired wrongly without a word; those that the baseline lacks would raise a KeyError."""
+    a = write_run(tmp_path / "a", noisy(0.6, 0), patients=15 - patients)
+    b = write_run(tmp_path / "b", noisy(0.7, 0), name="b", patients=patients)
+    case = "c3 is of patient 'p3', and of 'p0'" if patients == 12 else "c3 is of patient 'p0', and of 'p3'"
+    with pytest.raises(UserError, match=f"b: case {case} in .*a: .* with one data.group"):
+        compare.main([str(a), str(b)])
+
+
 def test_seeds_that_change_the_split_compare_seed_by_seed(tmp_path: Path) -> None:
     folders = [
         write_run(tmp_path / f"{name}{s}", noisy(m, s), seed=s, name=name, cases=range(6 * s, 6 * s + 6))

@@ -511,6 +511,84 @@ def test_a_missed_structure_is_no_better_than_any_that_was_found(tmp_path: Path,
     assert "1 of 5 undefined, counted as far off as any reference or 0" in capsys.readouterr().out
 
 
+def test_one_voxel_of_a_structure_is_no_worse_than_none(tmp_path: Path, capsys: Any) -> None:
+    """A ratio to one voxel is as far off as one likes; missing that voxel too must not improve the mean, nor worsen it.
+
+    A difference of volumes is always defined: it counts as it is.
+    """
+    measured = bound({"ratio": "volume(A) / volume(B)", "change": "100 * (volume(A) - volume(B))"}, {})
+    cases = [a_case(f"p{i}", f"p{i}") for i in range(2)]
+    counted = {}
+    for b in (0, 1, 90, 100, 110):
+        gauge = measures.Gauge(measured, cases)
+        for case in cases:
+            gauge.reference("t", case.id, mask_of(100, 100), (1, 1, 1))
+            gauge.predicted("t", case.id, mask_of(100, b if case.id == "p0" else 110), (1, 1, 1))
+        of = gauge.finish(tmp_path, "test", pictures=False)["measures"]
+        assert (of["ratio"]["undefined"], of["ratio"]["capped"]) == (int(b == 0), int(b == 1))
+        assert of["change"]["mae"]["value"] == pytest.approx((10 * abs(100 - b) / 100 + 1) / 2)
+        assert of["change"]["capped"] == 0
+        (row,) = [r for r in rows_of(tmp_path / "measures.csv") if (r["patient"], r["measure"]) == ("p0", "ratio")]
+        assert row["predicted"] == (f"{100 / b:.6g}" if b else "")
+        counted[b] = float(row["difference"])
+        assert of["ratio"]["bias"]["value"] == pytest.approx((counted[b] - 1 / 11) / 2, abs=1e-6)
+        if b == 1:
+            measures.say_summary({"measures": of}, tmp_path)
+            assert "1 of 2 counted as no farther off than if undefined" in capsys.readouterr().out
+    assert abs(counted[0]) == counted[1] == 1.0  # the reference's distance from 0
+    assert counted[100] == 0
+    assert counted[90] == pytest.approx(1 / 9, rel=1e-4)
+
+
+def test_measures_that_masks_can_leave_undefined_are_known() -> None:
+    texts = {
+        "volume_ml": "volume(A)",
+        "square": "(volume_ml - 2 * volume(B)) ** 2",
+        "index": "volume_ml / bsa(attribute(Height), 70)",
+        "largest": "max(area(A))",
+        "ratio": "volume_ml / volume(B)",
+        "doubled": "ratio * 2",
+        "root": "sqrt(volume_ml - volume(B))",
+        "inverse": "volume_ml ** -1",
+        "wall": "mean(thickness(A, B))",
+        "years": "log(attribute(Age))",
+    }
+    assert Formulas(texts, ("A", "B"), ()).partial == {"ratio", "doubled", "root", "inverse", "wall"}
+
+
+def test_intervals_resample_patients_where_scans_are_their_own(tmp_path: Path) -> None:
+    """Four patients of ten scans each, all of a patient equally wrong; without frames each scan is measured alone."""
+    measured = replace(bound({"ml": "1000 * volume(A)"}, {}), column="group")
+    cases = [a_case(f"p{i}_{k}", f"p{i}", group="xy"[i % 2]) for i in range(4) for k in range(10)]
+    # By the volume: x up to 100, beyond it y. Patients 0 and 2 are called rightly (x), patient 3 too, 1 is not.
+    rule = diagnosis.Diagnosis(("ml",), ("x", "y"), np.array([100.5]), np.ones(1), np.zeros(2), np.array([[-1.0], [1]]))
+    gauge = measures.Gauge(measured, cases, rule)
+    for case in cases:
+        gauge.reference("t", case.id, mask_of(100, 0), (1, 1, 1))
+        gauge.predicted("t", case.id, mask_of(100 + int(case.group == "p3") * 20, 0), (1, 1, 1))
+    found = gauge.finish(tmp_path, "test", pictures=False)
+    assert found["measures"]["ml"]["n"] == 40
+    assert found["measures"]["ml"]["mae"]["value"] == pytest.approx(5.0)
+    # Of 4 patients of whom one is 20 off: none is drawn in a third of the resamples, three or more in one of twenty.
+    assert found["measures"]["ml"]["mae"]["ci95"] == pytest.approx([0.0, 15.0])
+    assert found["diagnosis"]["accuracy"]["value"] == pytest.approx(0.75)
+    assert found["diagnosis"]["accuracy"]["ci95"] == pytest.approx([0.25, 1.0])
+
+
+def test_scans_of_a_patient_do_not_vouch_for_each_other(tmp_path: Path) -> None:
+    for i in range(6):
+        nib.save(nib.Nifti1Image(np.full((2, 2, 2), i, np.int16) + np.eye(2, dtype=np.int16), np.eye(4)),
+                 tmp_path / f"{i}.nii.gz")  # fmt: skip
+    cases = [Case(f"s{i}", f"p{i // 2}", {"MR": tmp_path / f"{i}.nii.gz"}) for i in range(6)]
+    numbers = measures._twins(frames.patients_of(cases, {}))
+    assert [numbers[i] == numbers[j] for i, j in ((0, 1), (2, 3), (4, 5))] == [True] * 3
+    assert len(set(numbers)) == 3
+    # An image that two patients share joins all their scans.
+    twice = [*cases[:5], replace(cases[5], images=cases[0].images)]
+    joined = measures._twins(frames.patients_of(twice, {}))
+    assert joined[4] == joined[5] == joined[0] == joined[1] != joined[2] == joined[3]
+
+
 def test_a_patients_column_may_stand_in_any_frames_row(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     ed, es = a_case("x", "p", phase="ED", Height="170"), a_case("y", "p", phase="ES", Height="")
     measured = bound(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,14 @@ def test_recipes_import_little() -> None:
         for module, _ in imports(file):
             light = ("ml_collections", "medjax.config", "medjax.errors", "configs", "importlib", "os", "__future__")
             assert module in light, f"{file} imports {module}"
+
+
+def test_the_contracts_of_the_design_name_modules_that_have_them() -> None:
+    text = (REPO / "docs" / "design.md").read_text()
+    named = re.findall(r"^class (\w+)[:(].*# (data\.\w+)$", text, re.MULTILINE)
+    assert [name for name, _ in named] == ["Volume", "Case"]
+    for name, module in named:
+        assert f"\nclass {name}" in (REPO / "medjax" / f"{module.replace('.', '/')}.py").read_text(), module
 
 
 def run_python(code: str) -> str:

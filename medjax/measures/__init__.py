@@ -327,8 +327,10 @@ class Gauge:
         """Writes the split's measures beside the reference's, draws them, and sums them up.
 
         What is undefined in a prediction and not in the reference counts as that one of 0 and the cohort's references
-        which is farthest from the truth, so that to miss a structure is no better than to find it anyhow. Measures that
-        the reference does not define do not count.
+        which is farthest from the truth. Of a measure that can be undefined no prediction counts as farther off than
+        that, to its own side: one voxel of a structure is no worse than none. So to miss a structure is never better
+        than to find it anyhow, and never worse than to find it worse. Measures that the reference does not define do
+        not count.
 
         Returns:
           The summary's entries 'measures' and 'diagnosis'; none where nothing was measured.
@@ -340,13 +342,15 @@ class Gauge:
         lines: list[dict[str, Any]] = []
         known = {key: [0.0, *(v for of in reference.values() if not np.isnan(v := of[key]))] for key in m.texts}
         for name, values in predicted.items():
+            group = next(iter(self._patients[name].values())).group
             for key, a in values.items():
                 b, missed = reference.get(name, {}).get(key, math.nan), int(np.isnan(a))
-                counted = _farthest(known[key], b) if missed else a
+                counted = _counted(a, b, known[key], key in m.formulas.partial)
                 both = {"reference": b, "predicted": a, "difference": counted - b}
                 lines.append({"patient": name, "measure": key, **both})
                 if not np.isnan(b):
-                    rows.append({"class": key, "case": name, **both, "predicted": counted, "missed": missed})
+                    about = {"class": key, "case": name, "group": group, "missed": missed}
+                    rows.append({**both, **about, "predicted": counted, "capped": int(not missed and counted != a)})
         write_table(lines, folder / "measures.csv")
         found = stats.summarize_cohort(rows, _STATISTICS, m.report)
         summary: dict[str, Any] = {"measures": {}}
@@ -356,6 +360,7 @@ class Gauge:
                 **{statistic: {"value": v["mean"], "ci95": v["ci95"]} for statistic, v in of.items()},
                 "n": of["mae"]["n"],
                 "undefined": sum(row["missed"] for row in rows if row["class"] == key),
+                "capped": sum(row["capped"] for row in rows if row["class"] == key),
             }
         pairs = {k: [(r["predicted"], r["reference"]) for r in rows if r["class"] == k] for k in m.report}
         if pictures and any(pairs.values()):
@@ -388,14 +393,25 @@ class Gauge:
         judged = [row for row in rows if row["reference"]]
         if not judged:
             return {}
-        hits = [float(row["diagnosis"] == row["reference"]) for row in judged]
+        hits = np.array([float(row["diagnosis"] == row["reference"]) for row in judged])
+        groups = [next(iter(self._patients[row["patient"]].values())).group for row in judged]
+        order = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+        numbers = [order[group] for group in groups]
+        right_of, count_of = np.bincount(numbers, hits), np.bincount(numbers)
+
+        def accuracy(drawn: np.ndarray, axis: int) -> np.ndarray:
+            """Of resampled patients, with all scans of each."""
+            index = drawn.astype(np.intp)
+            return right_of[index].sum(axis=axis) / count_of[index].sum(axis=axis)
+
         ideal = [row["from_reference_masks"] == row["reference"] for row in judged if row["patient"] in right]
+        ci = stats.bootstrap_ci(np.arange(len(count_of)), statistic=accuracy)
         confusion: dict[str, dict[str, int]] = {}
         for row in judged:
             of, call = confusion.setdefault(row["reference"], {}), row["diagnosis"] or "none"
             of[call] = of.get(call, 0) + 1
         return {
-            "accuracy": {"value": float(np.mean(hits)), "ci95": list(stats.bootstrap_ci(hits))},
+            "accuracy": {"value": float(np.mean(hits)), "ci95": list(ci)},
             "n": len(judged),
             "on_reference_masks": float(np.mean(ideal)) if ideal else None,
             "confusion": confusion,
@@ -403,8 +419,18 @@ class Gauge:
         }
 
 
-def _farthest(values: Sequence[float], truth: float) -> float:
-    return max(values, key=lambda value: abs(value - truth))
+def _counted(value: float, truth: float, known: Sequence[float], partial: bool) -> float:
+    """What a predicted value counts as: see `Gauge.finish`.
+
+    Args:
+      known: 0 and the cohort's references. partial: whether a prediction may leave the measure undefined.
+    """
+    farthest = max(known, key=lambda one: abs(one - truth))
+    if np.isnan(value):
+        return farthest
+    most = abs(farthest - truth)
+    # Where every reference is 0 there is no scale to cap by.
+    return truth + math.copysign(most, value - truth) if partial and 0 < most < abs(value - truth) else value
 
 
 def fit(
@@ -413,7 +439,7 @@ def fit(
     """The diagnosis learnt from the reference masks of the training patients.
 
     Patients one of whose images is the very same (`medjax.data.cohort.content_hash`) stay together in the
-    cross-validation.
+    cross-validation, and so do the scans of a patient where no frames are declared.
 
     Returns:
       The rule, and what its cross-validation on those patients says: each is called by the rule of all the others.
@@ -444,12 +470,15 @@ def fit(
 
 
 def _twins(patients: Mapping[str, frames.Patient]) -> list[int]:
-    """A number for each patient, the same for those that share an image."""
+    """A number for each entry of `patients`, the same for those that are of one patient or share an image."""
     number = {name: i for i, name in enumerate(patients)}
     files = [(name, file) for name, of in patients.items() for case in of.values() for file in case.images.values()]
-    owner: dict[str, str] = {}
-    for (name, _), digest in zip(files, cohorts.content_hashes(file for _, file in files), strict=True):
-        old, new = number[name], number[owner.setdefault(digest, name)]
+    shared = zip(files, cohorts.content_hashes(file for _, file in files), strict=True)
+    marks = [(name, ("patient", case.group)) for name, of in patients.items() for case in of.values()]
+    marks += [(name, ("image", digest)) for (name, _), digest in shared]
+    owner: dict[tuple[str, str], str] = {}
+    for name, mark in marks:
+        old, new = number[name], number[owner.setdefault(mark, name)]
         number = {patient: new if value == old else value for patient, value in number.items()}
     return list(number.values())
 
@@ -605,7 +634,8 @@ def say_summary(summary: Mapping[str, Any], folder: Path) -> None:
         limits = "-" if low is None or high is None else f"{low:.2f} .. {high:.2f}"
         how = "undefined, counted as far off as any reference or 0"
         missed = f"  ({of['undefined']} of {of['n']} {how})" if of["undefined"] else ""
-        say(f"  {name:{width}}  {_number(of['mae'])}  {_plain(of['bias']['value'])}  {limits}{missed}")
+        capped = f"  ({of['capped']} of {of['n']} counted as no farther off than if undefined)" if of["capped"] else ""
+        say(f"  {name:{width}}  {_number(of['mae'])}  {_plain(of['bias']['value'])}  {limits}{missed}{capped}")
     if of := summary.get("diagnosis"):
         checked = of.get("cross_validation")
         more = f", cross-validated on {checked['n']} training patients {checked['accuracy']:.3f}" if checked else ""

@@ -24,7 +24,7 @@ from __future__ import annotations
 import ast
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,6 +45,7 @@ class Call(NamedTuple):
 
 
 _MASKS = {"volume": 1, "area": 1, "enclosed": 2, "thickness": 2, "radius": 2}  # function -> labels it takes
+_DEFINED = ("volume", "area", "enclosed")  # of an empty mask too: 0
 SLICED = ("area", "enclosed", "thickness", "radius")
 """What is measured slice by slice: it needs voxels that are clearly longest along one axis (`walls.slice_axis`)."""
 _ENCLOSED = 0.25  # share of rays; what lies in a slice without a wall is not of the chamber
@@ -100,6 +101,10 @@ class Formulas:
     Args:
       texts: measure -> formula. labels: what masks can be measured of. frames: names of the frames; none: one a case.
 
+    Attributes:
+      calls: what is to be measured in the masks. names: of the measures, each after those it needs.
+      partial: measures that some masks leave undefined: ratios, roots and logarithms of what is measured, walls.
+
     Raises:
       UserError: a formula that cannot be read, an unknown name, label or frame, measures that need each other, or one
         that is no single number.
@@ -113,6 +118,11 @@ class Formulas:
             self._check(name, tree, calls)
         self.calls = tuple(calls)
         self.names = tuple(self._ordered())
+        total: set[str] = set()
+        for name in self.names:
+            if self._total(self._trees[name], total):
+                total.add(name)
+        self.partial = frozenset(self.names) - total
         # A rehearsal: what is an array in the end is told before anything is measured.
         self({call: np.ones((2, 4)) if call.function in ("thickness", "radius") else np.ones(2)
               if call.function == "area" else 1.0 for call in self.calls})  # fmt: skip
@@ -202,6 +212,31 @@ class Formulas:
         for name in self._trees:
             visit(name, ())
         return done
+
+    def _total(self, node: Any, total: Collection[str]) -> bool:
+        """Whether masks cannot leave a formula undefined, by the names of those measures that they cannot either."""
+        if not self._of_masks(node):
+            return True  # the same of reference and prediction
+        if isinstance(node, ast.Name):
+            return node.id in total
+        if isinstance(node, ast.Call):
+            function = ast.unparse(node.func)
+            if function in _MASKS:
+                return function in _DEFINED
+            return function not in ("sqrt", "log") and all(self._total(x, total) for x in node.args)
+        if isinstance(node, ast.BinOp):
+            if isinstance(node.op, ast.Div | ast.Pow) and self._of_masks(node.right):
+                return False
+            if isinstance(node.op, ast.Pow):  # 0 and negative values have the powers 1, 2, 3...
+                power = node.right.value if isinstance(node.right, ast.Constant) else 0
+                return power in range(1, 100) and self._total(node.left, total)
+            return self._total(node.left, total) and self._total(node.right, total)
+        return self._total(node.operand, total)
+
+    def _of_masks(self, node: Any) -> bool:
+        """Whether a formula measures a mask, itself or by the measures it names."""
+        called = {ast.unparse(one.func) for one in ast.walk(node) if isinstance(one, ast.Call)}
+        return not called.isdisjoint(_MASKS) or any(self._of_masks(self._trees[other]) for other in _needs(node))
 
     def _value(self, name: str, node: Any, measured: Mapping[Call, Value], values: Mapping[str, float]) -> Value:
         if isinstance(node, ast.BinOp):
