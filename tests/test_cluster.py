@@ -252,6 +252,17 @@ def killed(recipe: Path, workdir: Path, victim: int, wanted: int, number: int = 
     return codes
 
 
+def ended(calls: list[list[str]], log: Path) -> tuple[list[int], list[str]]:
+    """Exit codes of a pair that runs to its end, and what each of the two wrote."""
+    pair = layouts.start(calls, devices=2, processes=2, log=log)
+    try:
+        codes = [p.wait(timeout=120) for p in pair]
+    finally:
+        for p in pair:
+            p.kill()
+    return codes, [log.with_suffix(f".{number}").read_text() for number in (0, 1)]
+
+
 @pytest.mark.parametrize(("victim", "wanted"), [(1, 5), (0, 3)])
 def test_one_of_two_killed_the_other_ends_and_both_go_on(
     recipe: Path, finished: Path, tmp_path: Path, victim: int, wanted: int
@@ -286,13 +297,7 @@ def test_a_pair_goes_back_to_the_checkpoint_before_a_damaged_one(recipe: Path, f
     data[len(data) // 2] ^= 0x10
     file.write_bytes(bytes(data))
     # The one before is that of the last step, so that nothing is left to train.
-    pair = layouts.start(call(recipe, tmp_path, 10), devices=2, processes=2, log=tmp_path / "log")
-    try:
-        codes = [p.wait(timeout=120) for p in pair]
-    finally:
-        for p in pair:
-            p.kill()
-    said = [(tmp_path / f"log.{number}").read_text() for number in (0, 1)]
+    codes, said = ended(call(recipe, tmp_path, 10), tmp_path / "log")
     assert codes == [0, 0], said
     for text in said:
         assert "is not what was written" in text
@@ -313,13 +318,7 @@ def test_a_case_refused_by_one_of_two_stops_neither(recipe: Path, finished: Path
     mask = nib.load(file)
     nib.save(nib.Nifti1Image(np.asarray(mask.dataobj) * 3, mask.affine), file)
     calls = [[*call(write_recipe(tmp_path / "tiny.py", cohort), run, 12, "eval.predictions=true")[0], "--mode=eval"]]
-    pair = layouts.start(calls, devices=2, processes=2, log=tmp_path / "log")
-    try:
-        codes = [p.wait(timeout=120) for p in pair]
-    finally:
-        for p in pair:
-            p.kill()
-    said = [(tmp_path / f"log.{number}").read_text() for number in (0, 1)]
+    codes, said = ended(calls, tmp_path / "log")
     assert codes == [2, 2], said
     assert f"1 of 3 case(s) are refused and count in no score:\n  case{bad}: {file}: undeclared labels" in said[0]
     assert "process 0 (" in said[1]
