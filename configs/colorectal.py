@@ -4,8 +4,8 @@ Data: 176 drawn pieces of colon (120 train, 16 validation, 40 test; 1.5 mm), wri
 (`medjax/data/synthetic_colon.py`). They are no patients: polyps are sessile, pedunculated or flat by construction, and
 lie among folds and stool of their own intensity.
 
-An intensity threshold (`python -m benchmarks.threshold`) reaches a CPM of 0.08 on the test cases; the network 0.87
-(polyps 0.74, tumours 1.00), AUROC 0.997 for pedunculated and 0.97 for flat polyps. Cost: 7 minutes on 2 cores, in
+An intensity threshold (`python -m benchmarks.threshold`) reaches a CPM of 0.08 on the test cases; the network 0.84
+(polyps 0.69, tumours 1.00), AUROC 0.994 for pedunculated and 0.94 for flat polyps. Cost: 7.5 minutes on 2 cores, in
 bfloat16 on a CPU with AMX. See docs/benchmarks.md.
 
 Arguments: `debug` (a few pieces, a few steps; under a minute).
