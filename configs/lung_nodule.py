@@ -6,8 +6,9 @@ read from `data=`, or else from `MEDJAX_DATA`/lung_nodules or ../shared/data/lun
 against ratings below; nodules rated 3 have no label. A quarter of the nodules, by a hash of their names, is shown on
 the test canvases alone.
 
-Score (mean of seeds 0, 1 and 2, 30 test canvases each; seed 0 trained again gave 0.85, 0.93 and 0.64): CPM 0.83, AUROC of malignancy 0.82 (of the nodules that were
-found), Dice of the outline over whole canvases 0.60, 0.78 for a nodule that was outlined at all; an intensity threshold
+Score (mean of seeds 0, 1 and 2, 30 test canvases each): CPM 0.83, AUROC of malignancy 0.82 (of the nodules that were
+found), Dice of the outline over whole canvases 0.60, 0.78 for a nodule that was outlined at all; seed 0 trained again
+gave a CPM of 0.85, an AUROC of 0.93, a Dice of 0.64 (docs/benchmarks.md says what differs). An intensity threshold
 (`python -m benchmarks.threshold`, seed 0): CPM 0.18, Dice 0.10. Cost: 32 to 38 minutes of CPU time, 20 on 2 cores, in
 bfloat16 on a CPU with AMX. See docs/benchmarks.md.
 
