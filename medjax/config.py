@@ -68,6 +68,7 @@ LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "optim.betas": ("two numbers from 0 on, less than 1, such as (0.9, 0.999)", _several(2, _DECAY[1])),
     "optim.momentum": _DECAY,
     "optim.ema": _DECAY,
+    "semi.ema": _DECAY,
     "optim.power": ("a number from 0 on", _real(lambda v: v >= 0)),
     "train.eval_cases": _FROM_0,
     "train.patience": _FROM_0,

@@ -311,18 +311,14 @@ def check(c: Mapping[str, Any]) -> None:
                 f"config: semi.{key}={c[key]!r} is of the mean teacher; semi.method='{c['method']}' has no use for it: "
                 f"leave semi.{key} out"
             )
-    shares = {"ema": c["ema"]} | ({} if c["threshold"] is None else {"threshold": c["threshold"]})
-    for key, value in shares.items():
-        if not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise UserError(f"config: semi.{key}={value}: needs a number from 0 to 1")
+    share = c["threshold"]
+    if share is not None and (not isinstance(share, int | float) or not 0 <= share <= 1):
+        raise UserError(f"config: semi.threshold={share}: needs a number from 0 to 1")
     for key, least in (("weight", 0), ("noise", 0), ("passes", 1)):
         if not c[key] >= least:
             raise UserError(f"config: semi.{key}={c[key]}: needs {least} or more")
 
 
 def average_decay(config: ConfigDict) -> float:
-    """Decay of the average that is kept of the parameters; 0: none is. UserError unless it is from 0 to 1."""
-    key = "semi" if config.semi.method == "mean_teacher" else "optim"
-    if not 0 <= config[key].ema <= 1:
-        raise UserError(f"config: {key}.ema={config[key].ema}: needs a number from 0 to 1")
-    return float(config[key].ema)
+    """Decay of the average that is kept of the parameters, from 0 on and less than 1 (`config.LIMITS`); 0: none is."""
+    return float(config["semi" if config.semi.method == "mean_teacher" else "optim"].ema)

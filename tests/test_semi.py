@@ -483,8 +483,10 @@ def test_a_class_and_a_number_of_a_case_are_compared_too(recipe: Path) -> None:
     [
         (["semi.method=meanteacher"], ["semi.method 'meanteacher'", "mean_teacher"]),
         (["semi.method=fixmatch"], ["every training case has its labels", "data.labelled", "semi.cases='all'"]),
-        (["semi.method=fixmatch", "data.labelled=2", "semi.threshold=95.0"], ["semi.threshold=95.0"]),
-        (["semi.method=mean_teacher", "data.labelled=2", "semi.ema=1.5"], ["semi.ema=1.5"]),
+        (["semi.method=fixmatch", "data.labelled=2", "semi.threshold=95.0"], ["semi.threshold=95.0", "from 0 to 1"]),
+        (["semi.method=mean_teacher", "data.labelled=2", "semi.ema=1.5"], ["semi.ema=1.5", "less than 1"]),
+        # A teacher of decay 1 would never learn.
+        (["semi.method=mean_teacher", "data.labelled=2", "semi.ema=1.0"], ["semi.ema=1.0", "less than 1"]),
         (["semi.method=mean_teacher", "data.labelled=2", "semi.passes=0"], ["semi.passes=0"]),
         (["semi.method=mean_teacher", "data.labelled=2", "semi.cases=some"], ["semi.cases 'some'", "unlabelled"]),
         (["semi.method=mean_teacher", "data.labelled=2", "semi.loss=l1"], ["semi.loss 'l1'", "mse, dice"]),
