@@ -234,6 +234,17 @@ def test_lesions_look_like_disease_and_stay_in_the_brain() -> None:
     assert np.mean(contrast) > 1.1
 
 
+def test_a_breast_points_forwards() -> None:
+    """In the world's axes (RAS+) the chest wall fills the back of the volume, and before the nipple there is air."""
+    for number in range(4):
+        case = breast.breast_case(5, number)
+        volume = nib.as_closest_canonical(nib.Nifti1Image(case.image[..., 0], case.affine))
+        assert nib.aff2axcodes(volume.affine) == ("R", "A", "S")
+        body = (np.asarray(volume.dataobj) > 0.15).mean(axis=(0, 2))  # share of a coronal plane, from back to front
+        assert body[1] > 0.95, number
+        assert body[-2] < 0.2, number
+
+
 def test_breast_files(tmp_path: Path) -> None:
     manifest = breast.breast_cohort(tmp_path, **{**FEW, "n_train": 7})
     rows = rows_of(manifest)

@@ -20,7 +20,7 @@ from medjax.data.synthetic_lung import _draw_tubes, _grow, _unit
 from medjax.data.synthetic_manifest import manifest_cohort, scanner_affine, split_jobs, write_case
 
 # Raise it with every change of what is generated: cohorts already in the cache are then left alone and made anew.
-VERSION = 1
+VERSION = 2
 SHAPE = (72, 64, 56)
 SPACING = 2.0
 GRADES = ("1", "2", "3")
@@ -60,7 +60,7 @@ def breast_cohort(
 
 
 def breast_case(seed: int, number: int) -> Breast:
-    """One breast; the chest wall is at the back (low y)."""
+    """One breast. It is drawn from the chest wall (low y) forwards, and turned at the end: a scanner's y runs back."""
     from scipy import ndimage
 
     rng = np.random.default_rng([seed, 4, number])
@@ -130,7 +130,8 @@ def breast_case(seed: int, number: int) -> Breast:
         signal = ndimage.gaussian_filter(signal * body, 0.4) * bias
         real, imaginary = rng.standard_normal((2, *SHAPE), dtype=np.float32) * np.float32(noise)
         image[..., channel] = np.hypot(signal + real, imaginary)
-    return Breast(image, mask, scanner_affine((SPACING,) * 3, rng), grade)
+    turned = np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(mask[:, ::-1])
+    return Breast(*turned, scanner_affine((SPACING,) * 3, rng), grade)
 
 
 def _mass(
