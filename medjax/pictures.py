@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,8 @@ _BACK = "#111111"
 _INK = "#e8e8e8"
 _DASHES = (0, (2.2, 1.8))
 _WIDTH = 13.0  # inches
+_SCORES = {"dice", "nsd", "iou", "auc", "auroc", "cpm", "accuracy", "score", "f1"}
+_LINES = 10  # of scores in one panel, before those of single classes are left out
 _LEGEND_COLUMNS = 9
 
 
@@ -113,9 +116,10 @@ def curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, t
     """Draws training curves as a PNG: losses in one panel, scores in [0, 1] (Dice, NSD, AUC...) in another.
 
     Args:
-        rows: entries of a metric log, each with "step" and any metrics; keys with "loss" in their name are losses,
-            those with dice, nsd, iou, auc, accuracy, f1 or score are scores, all others (rates, times) are left out.
-            Rows may hold different keys and come in any order.
+        rows: entries of a metric log, each with "step" and any metrics; keys with the word "loss" are losses,
+            those with dice, nsd, iou, auc, auroc, cpm, accuracy, f1 or score are scores, all others (rates, times,
+            millimetres) are left out. Rows may hold different keys and come in any order. A class's score
+            ("dice/core" beside "dice") is left out where it is no other than the mean, or the lines get too many.
         path: the PNG; parent folders are made. It is written beside and renamed.
         title: written above.
 
@@ -141,6 +145,7 @@ def curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, t
     figure = _figure(6.4 * len(groups), 4.4, face="white")
     for k, (kind, keys) in enumerate(sorted(groups.items())):
         axes = figure.add_subplot(1, len(groups), k + 1)
+        keys = _readable(keys, series)
         for i, key in enumerate(keys):
             steps, values = zip(*sorted(series[key]), strict=True)
             colour, style = _DARK[i % len(_DARK)], ("-", "--", ":")[i // len(_DARK) % 3]
@@ -151,7 +156,8 @@ def curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, t
         if kind == "score":
             axes.set_ylim(0, 1)
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=8, framealpha=0.85)
+        beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1)} if len(keys) > 4 else {}
+        axes.legend(fontsize=8, framealpha=0.85, **beside)
     _finish(figure, path, title)
 
 
@@ -420,10 +426,21 @@ def _legend_handles(names: Mapping[int, str], colours: Mapping[int, str], with_r
 
 def _kind(key: str) -> str | None:
     """Panel of a metric; None for rates, times and counts."""
-    name = key.lower()
-    if "loss" in name:
+    words = set(re.split(r"[^a-z0-9]+", key.lower()))  # whole words: "iou" is in "suspicious" as well
+    if "loss" in words:
         return "loss"
-    return "score" if any(word in name for word in ("dice", "nsd", "iou", "auc", "accuracy", "score", "f1")) else None
+    return "score" if words & _SCORES else None
+
+
+def _readable(keys: Sequence[str], series: Mapping[str, Sequence[tuple[float, float]]]) -> list[str]:
+    """The keys without those of a class whose mean is there too, where they say the same or make too many lines."""
+
+    def said(key: str) -> bool:
+        mean = key.rpartition("/")[0]
+        same = mean in keys and np.array_equal(sorted(series[mean]), sorted(series[key]), equal_nan=True)
+        return same or (mean in keys and len(keys) > _LINES)
+
+    return [key for key in keys if _kind(key) == "loss" or not said(key)]
 
 
 def _figure(width: float, height: float, face: str = _BACK) -> Figure:

@@ -228,6 +228,30 @@ def test_curves_split_losses_from_scores(tmp_path: Path, monkeypatch: pytest.Mon
     assert pixels(tmp_path / "c.png").std() > 0.02
 
 
+def test_curves_know_a_metric_by_its_whole_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No millimetres among the scores because a task is called "suspicious" (...iou...), and AUROC among them."""
+    drawn: dict[str, set[str]] = {}
+
+    def spy(self: Figure, *args: object, **options: object) -> None:
+        self.draw_without_rendering()
+        for axes in self.axes:
+            drawn[axes.get_ylabel()] = {str(line.get_label()) for line in axes.lines}
+            legend, lines = axes.get_legend(), axes.get_window_extent()
+            assert len(axes.lines) <= 4 or legend.get_window_extent().x0 >= lines.x1, "the legend hides the curves"
+            assert legend.get_window_extent().x1 <= self.bbox.x1, "the legend is cut off"
+
+    monkeypatch.setattr(Figure, "savefig", spy)
+    row = {"val/suspicious/hd95": 9.0, "val/risk/auroc": 0.7, "val/risk/auroc/stroke": 0.7, "glossy/volume_ml": 3.0}
+    row |= {"val/dice": 0.5, "val/dice/core": 0.25, "val/dice/rim": 0.75, "val/cpm": 0.5}
+    losses = {f"train/loss/task{i}": 0.1 * i for i in range(6)}
+    pictures.curves([{"step": 1} | row | losses], tmp_path / "c.png")
+    assert drawn["score"] == {"val/risk/auroc", "val/dice", "val/dice/core", "val/dice/rim", "val/cpm"}
+    assert drawn["loss"] == set(losses)
+    many = {f"val/dice/structure{i}": 0.01 * i for i in range(20)}
+    pictures.curves([{"step": 1, "val/dice": 0.5} | many], tmp_path / "c.png")
+    assert drawn["score"] == {"val/dice"}
+
+
 def test_curves_without_numbers(tmp_path: Path) -> None:
     for rows in ([], [{"step": 1, "loss": float("nan")}], [{"loss": 1.0}], [{"step": 1, "seconds": 3.0}]):
         with pytest.raises(UserError, match="no training curve"):
