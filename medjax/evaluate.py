@@ -428,10 +428,13 @@ def draw(
 def drawable(task: Any, reference: np.ndarray, decoded: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
     """Reference and prediction as label maps [X, Y, Z], and value -> name.
 
-    Regions that no map of the task's own labels can hold are drawn one over the other, numbered in their order.
+    Regions that no map of the task's own labels can hold are drawn one over the other, numbered in their order. Labels
+    that no region covers are not what is predicted, and have no name here: they are not drawn.
     """
     if task.paintable:
-        return reference, task.paint(decoded), {value: name for name, value in task.foreground.items()}
+        asked = {value for values in task.classes.values() for value in values}
+        names = {value: name for name, value in task.foreground.items() if value in asked}
+        return reference, task.paint(decoded), names
     maps = np.zeros((2, *reference.shape), np.uint8)
     for number, values in enumerate(task.classes.values(), 1):
         maps[0][np.isin(reference, values)] = number

@@ -399,6 +399,9 @@ def test_what_is_drawn_of_regions() -> None:
     assert drawn[0].ravel().tolist() == [0, 2, 2, 2]
     assert drawn[1].ravel().tolist() == [1, 0, 2, 2]
     assert drawn[2] == {1: "one", 2: "two"}
+    # A label that no region covers is not asked for, and would only crowd the picture.
+    among = Segmentation("t", {"grey matter": 2, **labels}, {"whole": ("oedema", "core"), "core": ("core",)})
+    assert evaluate.drawable(among, reference, decoded)[2] == {1: "oedema", 4: "core"}
 
 
 @pytest.mark.parametrize(
