@@ -6,8 +6,8 @@ washout follow the grade by rules of the generator, each with so much spread tha
 A breast without a lesion has an empty mask and no grade, and trains the outline only.
 
 An intensity threshold (`python -m benchmarks.threshold`) reaches a Dice of 0.24 on the test cases and no better than
-chance for the grade (accuracy 0.20); the network reaches a Dice of 0.79 and an accuracy of 0.59 (quadratic kappa 0.57;
-mean AUROC of the grades 0.84). Cost: 5 minutes on 2 idle cores, in bfloat16 on a CPU with AMX. See docs/benchmarks.md.
+chance for the grade (accuracy 0.20); the network reaches a Dice of 0.76 and an accuracy of 0.57 (quadratic kappa 0.52;
+mean AUROC of the grades 0.84). Cost: 6 minutes on 2 idle cores, in bfloat16 on a CPU with AMX. See docs/benchmarks.md.
 
 Arguments: `debug` (a few breasts, a few steps; under a minute).
 """
