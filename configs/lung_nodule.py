@@ -6,11 +6,10 @@ read from `data=`, or else from `MEDJAX_DATA`/lung_nodules or ../shared/data/lun
 against ratings below; nodules rated 3 have no label. A quarter of the nodules, by a hash of their names, is shown on
 the test canvases alone.
 
-Score (mean of seeds 0, 1 and 2, 30 test canvases each): CPM 0.83, AUROC of malignancy 0.82 (of the nodules that were
-found), Dice of the outline over whole canvases 0.60, 0.78 for a nodule that was outlined at all; seed 0 trained again
-gave a CPM of 0.85, an AUROC of 0.93, a Dice of 0.64 (docs/benchmarks.md says what differs). An intensity threshold
-(`python -m benchmarks.threshold`, seed 0): CPM 0.18, Dice 0.10. Cost: 32 to 38 minutes of CPU time, 20 on 2 cores, in
-bfloat16 on a CPU with AMX. See docs/benchmarks.md.
+Score (mean of seeds 0, 1 and 2, 30 test canvases each): CPM 0.81, AUROC of malignancy 0.89 (of the nodules that were
+found), Dice of the outline over whole canvases 0.59, 0.78 for a nodule that was outlined at all. An intensity threshold
+(`python -m benchmarks.threshold`, seed 0): CPM 0.18, Dice 0.10. Cost: 20 minutes on 2 idle cores, in bfloat16 on a CPU
+with AMX. See docs/benchmarks.md.
 
 Arguments: `debug` (a few steps on a few canvases, under a minute), `data=FOLDER`, `seed=N` (holds out quarter N mod 4).
 """
